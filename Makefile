@@ -1,0 +1,68 @@
+# Every command that anyone runs. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Where there is no GPU, take torch's CPU wheel: the default wheel on Linux brings gigabytes of CUDA packages.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ifneq ($(shell uname -s),Linux)
+TORCH_PIP := "torch==$(TORCH)"
+else ifeq ($(shell command -v nvidia-smi),)
+TORCH_PIP := "torch==$(TORCH)+cpu" --extra-index-url $(CPU_INDEX)
+else
+TORCH_PIP := "torch==$(TORCH)"
+endif
+RANKS ?= 1
+THREADS ?= $(shell $(PYTHON) -c "import os; print(max((os.cpu_count() or 1) // $(RANKS), 1))")
+TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
+
+.PHONY: help pretrain test test-slow test-gpu bench-gpu lint types format aot clean
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) -V). Set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --retries 1 --no-deps $(TORCH_PIP)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made setup.py constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.made setup.py constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+pretrain: $(VENV)/.installed ## train configs/quickstart.yaml on the default corpus (RANKS=n for several ranks)
+	$(TORCHRUN) launch/pretrain.py configs/quickstart.yaml $(ARGS)
+
+test: lint types $(VENV)/.installed-dev ## lint, types and the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-slow: $(VENV)/.installed-dev ## tests that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(VENV)/.installed-dev ## kernel benchmarks on a CUDA device; rows go to kernels/benchmarks/data
+	$(BIN)/python kernels/benchmarks/run.py $(ARGS)
+
+aot: $(VENV)/.installed-dev ## compile every Triton kernel for every architecture; prints registers, shared memory, instructions
+	$(BIN)/python -m moe_kernels.aot $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev ## mypy
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## rewrite files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and the virtual environment
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,295 @@
+"""Read a run: YAML files that extend others, `section.key=value` words, and one report of everything that is wrong.
+
+Also what every launch script does around its work: a user's mistake becomes one message, and process groups end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from moe_train import config as tree
+from moe_train.config import Config, RouterConfig
+from moe_train.errors import UserError
+
+Mapping = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (1e-3 is a number) and no key twice in a mapping."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Mapping:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", node.start_mark)
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML; `where` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def merge(base: Mapping, over: Mapping) -> Mapping:
+    """`over` on top of `base`, section by section. Another router's name drops the keys of the old router."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            if key == "router" and value.get("name", old.get("name")) != old.get("name"):
+                old = {}
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Mapping:
+    """A run file with everything that it extends (paths relative to the file) below it."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in [*seen, path])}; break the circle")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a run file: {error}") from None
+    content = read_yaml(text, str(path))
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; a run file is a mapping of sections")
+    parents = content.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise UserError(f"{path}: extends={parents!r}: must be a path or a list of paths")
+    merged: Mapping = {}
+    for parent in parents:
+        merged = merge(merged, read_file(path.parent / parent, (*seen, path)))
+    return merge(merged, content)
+
+
+def read_override(word: str) -> Mapping:
+    """`a.b.c=value` as nested mappings; the value is YAML."""
+    path, equals, value = word.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"{word!r}: not understood; an override is section.key=value")
+    nested: Any = read_yaml(value, f"the value of {path}")
+    for key in reversed(keys):
+        nested = {key: nested}
+    return nested
+
+
+def load_run(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The run of file `path` with `overrides`. Raises UserError listing every problem."""
+    content = read_file(Path(path))
+    for word in overrides:
+        content = merge(content, read_override(word))
+    return parse(content, str(path))
+
+
+def parse(content: Mapping, where: str) -> Config:
+    """A mapping as a Config. Raises UserError with every invalid key and every conflict between valid ones."""
+    tree.build_schema()
+    problems, bad_paths, config = [], [], None
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        for item in error.errors():
+            path = _path(item)
+            bad_paths.append(path)
+            problems.append(_describe(item, path, content))
+    if config is None:  # rules between the keys that are valid can be checked all the same
+        config = _without(content, bad_paths)
+    if config is not None:
+        problems += [str(c) for c in config.conflicts() if not any(_related(c.path, bad) for bad in bad_paths)]
+    if problems or config is None:
+        raise UserError("\n".join([f"{where}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+    return config
+
+
+def _related(path: str, bad: str) -> bool:
+    return path == bad or path.startswith(bad + ".")
+
+
+def _without(content: Mapping, paths: list[str]) -> Config | None:
+    """The config with the keys at `paths` left at their defaults, or None where that is not valid either."""
+    pruned = json.loads(json.dumps(content, default=str))
+    for path in paths:
+        *sections, last = path.split(".")
+        place: Any = pruned
+        for key in sections:
+            place = place.get(key) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.pop(last, None)
+    try:
+        return Config.model_validate(pruned)
+    except ValidationError:
+        return None
+
+
+def _path(item: ErrorDetails) -> str:
+    """The dotted key of an error; a union adds the chosen router's name after `router`, which is no key."""
+    location = [str(part) for part in item["loc"]]
+    if location[:2] == ["model", "router"] and len(location) > 2 and location[2] in RouterConfig.registry:
+        del location[2]
+    keep = len(location)
+    for i, part in enumerate(location):  # branches of a union of types (int, literal['auto']) are no keys either
+        if part.startswith(("literal[", "constrained-", "list[", "function-")) or part in ("int", "str"):
+            keep = min(keep, i)
+    return ".".join(location[:keep])
+
+
+def _describe(item: ErrorDetails, path: str, content: Mapping) -> str:
+    value = item["input"]
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(path, content)}"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        names = sorted(RouterConfig.registry)
+        name = value.get("name") if isinstance(value, dict) else value
+        close = difflib.get_close_matches(str(name), names, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"model.router.name={name!r}: not a router{hint} (one of {', '.join(names)})"
+    shown = repr(value)
+    return f"{path}={shown if len(shown) < 80 else shown[:77] + '...'}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _nearest(path: str, content: Mapping) -> str:
+    *parents, last = path.split(".")
+    known = {key: doc for key, _, _, doc in describe_keys()}
+    if parents == ["model", "router"]:
+        name = content.get("model", {}).get("router", {}).get("name")
+        siblings = list(RouterConfig.registry[name].model_fields) if name in RouterConfig.registry else []
+    else:
+        prefix = "".join(p + "." for p in parents)
+        siblings = sorted({key[len(prefix) :].split(".")[0] for key in known if key.startswith(prefix)})
+    close = difflib.get_close_matches(last, siblings, 1)
+    if close:
+        return f"; did you mean {'.'.join([*parents, close[0]])}?"
+    elsewhere = [key for key in known if key.endswith("." + last)]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(siblings)}"
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that reads back to an equal config (checked)."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    if parse(read_yaml(text, "dumped config"), "dumped config") != config:
+        raise RuntimeError("the written config does not read back as it was; this is a bug in a config class")
+    return text
+
+
+def describe_keys() -> list[tuple[str, str, str, str]]:
+    """(path, type, default, meaning) of every key."""
+    rows = []
+    for name, section in Config.model_fields.items():
+        rows += _describe_section(name, section.annotation)
+    for name, router in sorted(RouterConfig.registry.items()):
+        rows += [
+            (f"model.router.{k}", t, d, f"[{name}] {doc}") for k, t, d, doc in _describe_section("", router) if k != "name"
+        ]
+    return rows
+
+
+def _describe_section(prefix: str, section: Any) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for key, field in section.model_fields.items():
+        path = f"{prefix}.{key}" if prefix else key
+        if path == "model.router":
+            rows.append(("model.router.name", " | ".join(sorted(RouterConfig.registry)), "recurrent", "which router"))
+            continue
+        default = "required" if field.default is PydanticUndefined else json.dumps(field.default)
+        rows.append((path, _type_name(field.annotation), default, " ".join((field.description or "").split())))
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as a person would write it in YAML."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(inner[0])
+    if origin is Literal:
+        return " | ".join(str(value) for value in inner)
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in inner)
+    if origin is list:
+        return f"list of {_type_name(inner[0])}"
+    return "null" if annotation is NoneType else annotation.__name__
+
+
+def usage(tool: str, what: str) -> str:
+    """Text of `--help`: the call and every key."""
+    lines = [what, "", f"usage: {tool} CONFIG.yaml [section.key=value ...] [--help] [--print-config] [--schema]", "", "keys:"]
+    for path, kind, default, doc in describe_keys():
+        lines.append(f"  {path} ({kind}; default {default})\n      {doc}")
+    return "\n".join(lines)
+
+
+def config_from_words(words: list[str], tool: str, what: str) -> Config:
+    """The run that a tool's words describe. `--help`, `--print-config` and `--schema` print and exit with 0."""
+    tree.build_schema()
+    if "--help" in words or "-h" in words:
+        print(usage(tool, what))
+        sys.exit(0)
+    if "--schema" in words:
+        print(json.dumps(Config.model_json_schema(), indent=2))
+        sys.exit(0)
+    show = "--print-config" in words
+    words = [w for w in words if w != "--print-config"]
+    flags = [w for w in words if w.startswith("-")]
+    if flags:
+        raise UserError(f"{flags[0]}: unknown option; use section.key=value words, or --help")
+    if not words or "=" in words[0]:
+        raise UserError(f"{tool} needs a run file first: {tool} CONFIG.yaml [section.key=value ...]; see --help")
+    config = load_run(words[0], words[1:])
+    if show:
+        print(dump(config), end="")
+        sys.exit(0)
+    return config
+
+
+def main(run: Callable[[list[str]], None], words: list[str]) -> None:
+    """Call `run(words)`. Rank 0 prints a UserError without a traceback; the exit status is then 2."""
+    import torch.distributed as dist
+
+    from moe_kernels import KernelError
+
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s")
+    status = 0
+    try:
+        run(words)
+    except (UserError, KernelError) as error:
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)

@@ -1,0 +1,56 @@
+"""What an engine does: one optimizer step from micro-batches, evaluation, and its state."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moe_train.data.loader import MicroBatch, StepBatch
+
+Stats = dict[str, dict[str, Tensor]]  # layer -> statistic -> sum over the whole step, on the CPU
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one forward and backward pass over a step gave, summed over micro-batches and ranks."""
+
+    loss: float  # the training loss: cross entropy per target plus weighted router losses per token
+    cross_entropy: float  # nats per target token
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Evaluation sums over all ranks."""
+
+    nats: float
+    targets: int
+    bytes: int
+
+
+class Engine(Protocol):
+    """The contract between the trainer and whatever runs the model."""
+
+    def forward_backward(self, batch: StepBatch) -> StepResult:
+        """Gradients of one step from this rank's micro-batches."""
+        ...
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule, run the routers' after_step; returns the gradient norm before clipping."""
+        ...
+
+    def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor) -> Sums:
+        """Cross entropy over micro-batches, without gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, router buffers and optimizer, with one logical name per logical tensor."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        ...
+
+
+__all__ = ["Engine", "MicroBatch", "Stats", "StepBatch", "StepResult", "Sums"]

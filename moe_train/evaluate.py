@@ -1,0 +1,95 @@
+"""Bits per byte of a model on held-out text, and opening a trained model from its checkpoint."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint.state_dict as dcp_state
+from torch import Tensor
+
+from moe_train.checkpoint import dcp
+from moe_train.cli import load_run
+from moe_train.config import Config
+from moe_train.data.indexed import beside
+from moe_train.data.loader import EvalRows
+from moe_train.data.tokenizer import Tokenizer, load_tokenizer
+from moe_train.data.writer import DatasetWriter
+from moe_train.engine.base import Sums
+from moe_train.engine.native import build_model, evaluate
+from moe_train.errors import UserError
+from moe_train.model.decoder import Decoder
+from moe_train.parallel.mesh import World, start_world
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained model, ready to run."""
+
+    config: Config
+    world: World
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+    path: Path
+
+
+def restore(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Restored:
+    """Open the checkpoint at `path`, or the newest of the run there, on this machine's device and ranks."""
+    path = dcp.find(path)
+    dcp.read_state(path)  # a damaged checkpoint is named as such before its config is read
+    config = load_run(path / CONFIG_FILE, ["train.device=auto", "train.dtype=auto", "parallel.dp_shard=auto", *overrides])
+    world = start_world(config)
+    model = build_model(config, world)
+    state = {"model": dcp_state.get_model_state_dict(model)}
+    step = dcp.load(path, state)["step"]
+    dcp_state.set_model_state_dict(model, state["model"])
+    return Restored(config, world, model, load_tokenizer(path / TOKENIZER_FILE), step, path)
+
+
+def report(sums: Sums) -> dict[str, float]:
+    """Mean nats per token, perplexity per token, and bits per byte of text."""
+    nats = sums.nats / max(sums.targets, 1)
+    return {
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700.0)),
+        "bits_per_byte": sums.nats / math.log(2) / max(sums.bytes, 1),
+        "tokens": sums.targets,
+        "bytes": sums.bytes,
+    }
+
+
+def byte_lengths(tokenizer: Tokenizer) -> Tensor:
+    """Bytes of text behind each id, int64 [vocabulary]."""
+    return torch.from_numpy(tokenizer.byte_lengths())
+
+
+def evaluate_on(restored: Restored, data: str, scratch: Path) -> dict[str, float]:
+    """`report` on a prepared corpus (its prefix) or on a text file, which is encoded into `scratch`; every token counts."""
+    config, world = restored.config, restored.world
+    prefix = data
+    if not beside(data, ".idx").exists():
+        prefix = str(_encode(Path(data), restored.tokenizer, scratch))
+    rows = EvalRows(
+        prefix,
+        seq_len=config.train.seq_len,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=world.rank,
+        dp_size=world.size,
+        vocab_size=config.model.vocab_size,
+        tokenizer=restored.tokenizer,
+    )
+    return report(evaluate(restored.model, config, world, rows, byte_lengths(restored.tokenizer)))
+
+
+def _encode(path: Path, tokenizer: Tokenizer, scratch: Path) -> Path:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: neither a prepared corpus (no {beside(path, '.idx')}) nor a text file: {error}") from None
+    with DatasetWriter(scratch / "text", tokenizer) as writer:
+        writer.add_text(text)
+    return scratch / "text"

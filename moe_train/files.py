@@ -1,0 +1,40 @@
+"""Writing files so that nobody ever sees half of one under its final name."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+
+def temporary_beside(path: str | os.PathLike[str]) -> Path:
+    """Create an empty file of a unique name in the folder of `path`, so that a rename to `path` stays on one file system."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(6)}.tmp")
+    temporary.open("xb").close()
+    return temporary
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the renames in a folder durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a whole file under a temporary name, then rename it."""
+    temporary = temporary_beside(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(Path(path).parent)

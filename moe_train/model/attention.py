@@ -1,0 +1,77 @@
+"""Causal self-attention with rotary positions, grouped keys and values, and documents that do not see each other.
+
+Shapes: B rows, S positions, D hidden, H query heads, G key and value heads, d head width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels import Backend
+from moe_train.config import ModelConfig
+from moe_train.model.layers import Linear, RMSNorm
+from moe_train.model.routing import BatchInfo, Segments
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with RoPE and optional RMSNorm on query and key heads."""
+
+    def __init__(self, config: ModelConfig, kernels: Backend) -> None:
+        super().__init__()
+        self.head_dim, self.kernels = config.head_size, kernels
+        size, std, wide, narrow = config.hidden_size, config.init_std, config.num_heads, config.kv_heads
+        self.q = Linear(size, wide * self.head_dim, std)
+        self.k = Linear(size, narrow * self.head_dim, std)
+        self.v = Linear(size, narrow * self.head_dim, std)
+        self.out = Linear(wide * self.head_dim, size, std)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, kernels) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, kernels) if config.qk_norm else None
+
+    def forward(self, x: Tensor, batch: BatchInfo, rotary: Rotary) -> Tensor:
+        """x [B, S, D] normed hidden rows -> [B, S, D]."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.kernels.rope(q, *rotary), self.kernels.rope(k, *rotary)
+        return self.out(attend(q, k, v, batch.segments).flatten(-2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """q [B, S, H, d], k and v [B, S, G, d] -> [B, S, H, d]: causal, inside documents where `segments` gives them."""
+    if segments is not None and segments.bounds is not None:
+        return _attend_packed(q, k, v, segments.bounds)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None if segments is None else segments.mask
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # absent from builds without flash attention
+
+    rows, length, groups = q.shape[0], q.shape[1], q.shape[2] // k.shape[2]
+    if groups > 1:  # the `enable_gqa` argument is newer than torch 2.11
+        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    out = varlen_attn(q, k, v, bounds, bounds, length, length, window_size=(-1, 0))
+    assert isinstance(out, Tensor)  # a tuple only where further results are asked for
+    return out.unflatten(0, (rows, length))
+
+
+def find_segments(doc_ids: Tensor, device: torch.device, dtype: torch.dtype) -> Segments | None:
+    """The documents of packed rows, doc_ids [B, S] on the CPU, as `device`'s attention takes them; None if each row is one document.
+
+    On CUDA in half precision these are bounds for variable-length flash attention; elsewhere it is a mask.
+    """
+    if bool((doc_ids == doc_ids[:, :1]).all()):
+        return None
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        starts = torch.ones_like(doc_ids, dtype=torch.bool)
+        starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+        bounds = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([doc_ids.numel()])])
+        return Segments(bounds=bounds.to(torch.int32).to(device, non_blocking=True))
+    same = doc_ids[:, :, None] == doc_ids[:, None, :]
+    return Segments(mask=same.tril()[:, None].to(device, non_blocking=True))

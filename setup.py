@@ -1,0 +1,38 @@
+"""Packaging. Imports nothing but setuptools, so that it runs before torch is there."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moe_train",
+    version="0.1.0",
+    description="Train mixture-of-experts language models with any router under any parallel layout",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["moe_train*"]), *find_packages("kernels", include=["moe_kernels*"])],
+    package_dir={"moe_kernels": "kernels/moe_kernels"},
+    package_data={"moe_kernels": ["*.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
+        "sentencepiece>=0.2.1",
+        "safetensors>=0.5",
+        "rich>=13.9",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "triton==3.7.1; platform_system == 'Linux'",
+        ],
+        "gpu": ["triton>=3.6"],
+    },
+)

@@ -1,0 +1,112 @@
+"""grouped_mm of every backend against the naive twin."""
+
+import pytest
+import torch
+from moe_cases import assert_close, dtypes, gradients, route
+
+from moe_kernels import KernelError, configs, launch
+from moe_kernels.configs import Config
+from moe_kernels.grouped_mm import reference, with_torch, with_triton
+from moe_kernels.permutation import reference as permutation
+from moe_kernels.permutation import with_triton as triton_permutation
+
+BACKENDS = pytest.mark.parametrize("backend", [with_torch, with_triton], ids=["torch", "triton"])
+SHAPES = [  # T, E, K, C, N, routing
+    (0, 4, 2, 16, 8, "uniform"),
+    (1, 8, 2, 64, 32, "uniform"),
+    (63, 5, 2, 37, 11, "holes"),  # no stride is a multiple of 16 bytes
+    (63, 5, 3, 72, 40, "zipf"),
+    (130, 4, 1, 40, 72, "one"),
+    (20, 6, 2, 40, 8, "none"),
+]
+
+
+def problem(shape, dtype, device):
+    """rows (NaN where no expert owns them), w (NaN for unused experts), an upstream gradient, a plan and its live rows."""
+    tokens, num_experts, top_k, inner, columns, mode = shape
+    plan = permutation.sort_by_expert(route(tokens, num_experts, top_k, mode), num_experts)
+    live = int(plan.offsets[-1])
+    rows = torch.randn(tokens * top_k, inner, dtype=dtype)
+    grad = torch.randn(tokens * top_k, columns, dtype=dtype)
+    w = torch.randn(num_experts, columns, inner).mul(inner**-0.5).to(dtype)
+    rows[live:], grad[live:] = float("nan"), float("nan")
+    w[plan.offsets.diff() == 0] = float("nan")
+    return *(tensor.to(device) for tensor in (rows, w, grad)), plan._replace(**{
+        name: getattr(plan, name).to(device) for name in ("offsets", "row_slot", "slot_row")
+    }), live  # fmt: skip
+
+
+def check(backend, shape, dtype, device):
+    rows, w, grad, plan, live = problem(shape, dtype, device)
+    wide = [tensor.double().nan_to_num(0.0) for tensor in (rows, w, grad)]
+    expected = gradients(lambda rows, w: reference.grouped_mm(rows, w, plan), wide[:2], wide[2])
+    if backend is with_triton:
+        plan = plan._replace(tiles=triton_permutation.map_tiles(plan.offsets, rows.shape[0], 64))
+    actual = gradients(lambda rows, w: backend.grouped_mm(rows, w, plan), [rows, w], grad)
+    assert_close(actual[0][:live], expected[0][:live], dtype, "out")
+    assert_close(actual[1][:live], expected[1][:live], dtype, "grad rows")
+    assert_close(actual[2], expected[2], dtype, "grad w")
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(backend, shape, device):
+    for dtype in dtypes(device):
+        check(backend, shape, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torch_in_other_dtypes(shape, dtype):
+    check(with_torch, shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("product", ["down", "dxe"])
+def test_rows_of_no_expert_stay_unwritten(product, device):
+    rows, w, _, plan, live = problem((40, 4, 2, 24, 24, "holes"), torch.float32, device)
+    out = with_triton.rows_product(product, rows, w, plan.offsets, transposed=product == "down")
+    assert torch.isfinite(out[:live]).all()
+    assert torch.isnan(out[live:]).all()
+
+
+def test_a_tile_map_of_another_height_is_not_used(device):
+    rows, w, _, plan, live = problem((40, 4, 2, 24, 24, "zipf"), torch.float32, device)
+    expected = with_triton.rows_product("down", rows, w, plan.offsets, transposed=True)
+    tiles = triton_permutation.map_tiles(plan.offsets, rows.shape[0], 16)
+    with configs.override({"down": Config(32, 32, 32, 4, 2)}):
+        actual = with_triton.rows_product("down", rows, w, plan.offsets, transposed=True, tiles=tiles)
+    assert_close(actual[:live], expected[:live], torch.float32)
+
+
+@BACKENDS
+def test_opcheck(backend, device, monkeypatch):
+    monkeypatch.setattr(launch, "_allocate", torch.empty)  # guard rows would be a storage offset that the fake kernel lacks
+    rows, w, _, plan, _ = problem((12, 3, 2, 16, 8, "uniform"), torch.float32, device)
+    op = getattr(torch.ops.moe_kernels, f"grouped_mm_{'torch' if backend is with_torch else 'triton'}").default
+    args = (rows.requires_grad_(), w.requires_grad_(), plan.offsets, None, None, None, 0)
+    torch.library.opcheck(op, args)
+
+
+@BACKENDS
+def test_compiles_with_changing_token_counts(backend, device):
+    compiled = torch.compile(backend.grouped_mm, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (12, 20, 7):
+        rows, w, grad, plan, _ = problem((tokens, 3, 2, 16, 8, "uniform"), torch.float32, device)
+        expected = gradients(lambda rows, w, plan=plan: backend.grouped_mm(rows, w, plan), [rows, w], grad)
+        actual = gradients(lambda rows, w, plan=plan: compiled(rows, w, plan), [rows, w], grad)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", [reference, with_torch, with_triton], ids=lambda b: b.__name__.rsplit(".")[-1])
+def test_bad_arguments(backend):
+    rows, w, _, plan, _ = problem((6, 3, 2, 16, 8, "uniform"), torch.float32, "cpu")
+    for message, bad in {
+        r"w must be \[E, N, C\] where rows is \[M, C\]": (rows, w.mT, plan),
+        "w's first dim must be the plan's number of experts": (rows, w[:2], plan),
+        "rows must have one row for each slot": (rows[:11], w, plan),
+        "w must have rows's dtype and device": (rows, w.double(), plan),
+        "w must be contiguous": (rows, torch.randn(3, 16, 8).mT, plan),
+        "rows must be two-dimensional": (rows[None], w, plan),
+    }.items():
+        with pytest.raises(KernelError, match=message):
+            backend.grouped_mm(*bad)

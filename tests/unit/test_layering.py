@@ -1,0 +1,74 @@
+"""Who may import whom, and what stays optional."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part may import errors and files
+    "errors": set(),
+    "files": set(),
+    "config": set(),
+    "cli": {"config"},
+    "model": {"config"},
+    "routers": {"model", "config"},
+    "parallel": {"model", "config"},
+    "data": set(),
+    "optim": {"config", "model"},
+    "checkpoint": set(),
+    "engine": {"parallel", "optim", "model", "config", "data"},
+    "flops": {"config", "model"},
+    "metrics": {"flops"},
+    "plots": {"metrics"},
+    "generate": {"model", "data"},
+    "evaluate": {"checkpoint", "cli", "config", "data", "engine", "model", "parallel"},
+}
+OPTIONAL = {"deepspeed", "megablocks", "flash_attn", "transformers", "lm_eval", "triton"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether at the top level) of every import in a file."""
+    module = ast.parse(path.read_text())
+    top = {id(node) for node in module.body}
+    found = []
+    for node in ast.walk(module):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module == "moe_train":
+            names = [f"moe_train.{a.name}" for a in node.names]
+        found += [(name, id(node) in top) for name in names]
+    return found
+
+
+def files() -> list[Path]:
+    return sorted((ROOT / "moe_train").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_layers(path: Path) -> None:
+    part = path.relative_to(ROOT / "moe_train").parts[0].removesuffix(".py")
+    used = {name.split(".")[1] for name, _ in imports(path) if name.startswith("moe_train.")}
+    if part in MAY_IMPORT:
+        assert used <= MAY_IMPORT[part] | {part, "errors", "files"}
+    assert not [name for name, top in imports(path) if top and name.split(".")[0] in OPTIONAL]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels" / "moe_kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_kernels_know_tensors_only(path: Path) -> None:
+    assert not [name for name, _ in imports(path) if name.startswith("moe_train")]
+
+
+def test_kernels_folder_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow the PyPI package called `kernels`
+
+
+def test_setup_imports_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "moe_train"
