@@ -17,7 +17,7 @@ RANKS ?= 1
 THREADS ?= $(shell $(PYTHON) -c "import os; print(max((os.cpu_count() or 1) // $(RANKS), 1))")
 TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
 
-.PHONY: help pretrain test test-slow test-gpu bench-gpu lint types format aot clean
+.PHONY: help corpus pretrain test test-slow test-gpu bench-gpu lint types format aot clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -35,7 +35,13 @@ $(VENV)/.installed-dev: $(VENV)/.made setup.py constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-pretrain: $(VENV)/.installed ## train configs/quickstart.yaml on the default corpus (RANKS=n for several ranks)
+CORPUS := data/stdlib/sentencepiece-1024.model
+$(CORPUS): | $(VENV)/.installed
+	$(BIN)/python launch/prepare_data.py --default-corpus data/stdlib --train-sentencepiece 1024
+
+corpus: $(CORPUS) ## tokenizer and corpus made from Python's standard library, under data/stdlib
+
+pretrain: $(VENV)/.installed $(CORPUS) ## train configs/quickstart.yaml on the default corpus (RANKS=n for several ranks)
 	$(TORCHRUN) launch/pretrain.py configs/quickstart.yaml $(ARGS)
 
 test: lint types $(VENV)/.installed-dev ## lint, types and the fast tests

@@ -275,6 +275,8 @@ class CheckpointSection(Section):
     """steps between checkpoints; 0 = only the last step's"""
     keep_last: PositiveInt = 2
     """newest checkpoints that are kept"""
+    keep_every: NonNegativeInt = 0
+    """checkpoints of steps that this divides are kept for ever; 0 = none"""
 
 
 class EvalSection(Section):

@@ -25,6 +25,7 @@ from moe_train.generate import generate
 from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
 from moe_train.parallel.mesh import World, start_world
+from moe_train.stop import StopRequest
 
 DEFAULT_CORPUS = Path("data/stdlib")
 VOCAB_MULTIPLE = 64
@@ -132,13 +133,18 @@ class Trainer:
             )
             if self.start:
                 self._say(f"resumed at step {self.start}")
+            stop = stack.enter_context(StopRequest(self.world))
             for step in range(self.start + 1, steps + 1):
                 self._step(step, throughput)
+                stopping = stop.agreed()
                 with throughput.pause():
                     if config.eval.every and step % config.eval.every == 0 and step < steps:
                         self._evaluate(step, "valid", config.eval.max_rows)
-                    if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                         self._save(step)
+                if stopping and step < steps:
+                    self._say(f"stopped by {stop.name or 'a signal to another rank'} at step {step}; the same command goes on")
+                    return
             self._finish(steps, throughput)
 
     def _step(self, step: int, throughput: Throughput) -> None:
@@ -183,7 +189,7 @@ class Trainer:
         files = {name: (self.folder / name).read_bytes() for name in (CONFIG_FILE, TOKENIZER_FILE)}
         dcp.save(folder, step, self.engine.state_dict(), {"loader": self.loader.state_dict()}, files)
         if self.world.main:
-            dcp.keep_last(folder, self.config.checkpoint.keep_last)
+            dcp.keep(folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
         dist.barrier()
 
     def _finish(self, step: int, throughput: Throughput) -> None:

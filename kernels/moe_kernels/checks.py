@@ -88,9 +88,7 @@ def check_grouped_mm(rows: Tensor, w: Tensor, plan: Plan) -> None:
     op = "grouped_mm"
     check_plan(op, plan, rows.device)
     _check_matrix(op, rows=rows)
-    require(
-        w.dim() == 3 and w.shape[2] == rows.shape[1], op, "w must be [E, N, C] where rows is [M, C]", w=w, rows=rows
-    )
+    require(w.dim() == 3 and w.shape[2] == rows.shape[1], op, "w must be [E, N, C] where rows is [M, C]", w=w, rows=rows)
     require(w.shape[0] == plan.num_experts, op, "w's first dim must be the plan's number of experts", w=w, E=plan.num_experts)
     require(rows.shape[0] == plan.row_slot.shape[0], op, "rows must have one row for each slot", rows=rows, slots=plan.row_slot)
     _check_same(op, rows=rows, w=w)

@@ -1,12 +1,12 @@
-"""Which tiles, warps and kernel variant each op uses: a table by architecture, operand size and rows per expert, never tuned at run time.
+"""Which tiles, warps and kernel variant each op uses: a table by architecture, operand size and rows per expert.
 
-Run-time tuning would differ between ranks and runs (and so would the bits), stall on each new token count and fail inside of a CUDA
-graph capture. `benchmarks/tune.py` measures CANDIDATES on a GPU and prints what belongs here.
+It is never tuned at run time, which would differ between ranks and runs (and so would the bits), stall on each new token count and fail
+inside of a CUDA graph capture. `benchmarks/tune.py` measures CANDIDATES on a GPU and prints what belongs here.
 
 Ops: `up` (x by w_gate_up, SwiGLU), `down` (rows by w^T), `da` (gradient through down and SwiGLU), `dxe` (rows by w), `dw1` and `dw2`
-(gradients of w_gate_up and w_down), `combine` (weighted sum over K). block_m x block_n is the output tile and block_k the step along the
-reduced axis; for dw1 and dw2 the output is a tile of the weight and block_k counts rows; for `up` block_n counts gate columns, and as
-many up columns come with them.
+(gradients of w_gate_up and w_down), `combine` (weighted sum over K). block_m x block_n is the output tile and block_k the step along
+the reduced axis; for dw1 and dw2 the output is a tile of the weight and block_k counts rows; for `up` block_n counts gate columns, and
+as many up columns come with them.
 """
 
 import logging
@@ -71,7 +71,13 @@ class Entry(NamedTuple):
 FLAGSHIP = {"T": 16384, "E": 16, "K": 4, "D": 1280, "F": 448}
 
 C = Config
-_TMA = {"variant": "tma", "persistent": True}
+
+
+def _persistent(
+    m: int, n: int, k: int, warps: int, stages: int, ctas: int = 1, flatten: bool = False, ws: bool = False
+) -> Config:
+    return Config(m, n, k, warps, stages, "tma", persistent=True, ctas=ctas, flatten=flatten, specialize=ws)
+
 
 # Preferred first; a later one serves shapes whose strides TMA cannot address.
 _LARGE: dict[int, dict[str, tuple[Config, ...]]] = {
@@ -86,9 +92,9 @@ _LARGE: dict[int, dict[str, tuple[Config, ...]]] = {
     },
     90: {
         "up": (C(128, 64, 64, 8, 4, variant="tma"), C(128, 64, 64, 8, 3)),
-        "down": (C(128, 256, 64, 8, 4, **_TMA), C(128, 128, 64, 8, 3)),
+        "down": (_persistent(128, 256, 64, 8, 4), C(128, 128, 64, 8, 3)),
         "da": (C(128, 64, 64, 8, 4),),
-        "dxe": (C(128, 256, 64, 8, 3, **_TMA), C(128, 128, 64, 8, 3)),
+        "dxe": (_persistent(128, 256, 64, 8, 3), C(128, 128, 64, 8, 3)),
         "dw1": (C(128, 256, 64, 8, 5),),
         "dw2": (C(256, 64, 64, 8, 5),),
         "combine": (C(4, 256, 1, 4, 1),),
@@ -104,7 +110,7 @@ _SMALLER: dict[str, dict[str, tuple[Config, ...]]] = {  # few rows per expert: w
     "small": {
         "up": (C(32, 64, 64, 4, 4),),
         "down": (C(32, 128, 64, 4, 4),),
-        "da": (C(32, 64, 64, 4, 4),),
+        "da": (C(32, 64, 64, 4, 3),),
         "dxe": (C(32, 128, 64, 4, 4),),
     },
     "tiny": {
@@ -134,40 +140,89 @@ _INTERPRETER: dict[str, tuple[Config, ...]] = {
     "combine": (C(64, 256, 1, 4, 1),),
 }
 
-# What benchmarks/tune.py times and the slow tests compile, beside the tables.
-_PT = {"persistent": True}
-_WS = {**_TMA, "specialize": True}
-_FLAT = {**_TMA, "flatten": True}
-_PRODUCT_90 = (
-    C(128, 128, 64, 8, 3), C(128, 256, 64, 8, 3), C(128, 128, 64, 4, 4),
-    C(128, 128, 64, 8, 3, variant="tma"), C(128, 128, 64, 8, 4, variant="tma"), C(128, 128, 64, 4, 3, variant="tma"), C(128, 256, 64, 8, 3, variant="tma"), C(128, 256, 64, 8, 4, variant="tma"), C(256, 128, 64, 8, 3, variant="tma"),
-    C(128, 256, 64, 8, 3, **_TMA), C(128, 256, 64, 8, 4, **_TMA), C(256, 128, 64, 8, 4, **_TMA), C(128, 128, 64, 8, 3, **_TMA, ctas=2), C(128, 128, 64, 4, 3, **_TMA, ctas=2),
-    C(128, 256, 64, 8, 3, **_FLAT), C(128, 256, 64, 8, 4, **_FLAT), C(128, 128, 64, 8, 3, **_FLAT, ctas=2),
-    C(128, 256, 64, 4, 3, **_WS), C(128, 256, 64, 4, 4, **_WS), C(128, 128, 64, 4, 4, **_WS), C(128, 128, 64, 4, 3, **_WS, ctas=2), C(256, 128, 64, 4, 3, **_WS),
+# What benchmarks/tune.py times and the slow tests compile, beside the tables. What spills, or loses an operand from the load pipeline,
+# is left out: two accumulators of 128 columns on sm_80, da without its split epilogue, weight gradients with fewer than 5 stages there
+# (the row number and then the row are two dependent loads, which cost two stages), warp specialisation of a gathered operand.
+_COMBINE = tuple(
+    C(rows, columns, 1, warps, 1) for rows, columns, warps in ((1, 256, 1), (1, 512, 2), (2, 256, 2), (4, 256, 4), (8, 256, 8))
 )
-CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {80: {}, 90: {
- "up": (
-    C(128, 64, 64, 8, 3), C(256, 64, 64, 8, 3), C(128, 64, 64, 4, 3),
-    C(128, 64, 64, 8, 3, "wide"), C(128, 64, 64, 8, 4, "wide"), C(256, 64, 64, 8, 3, "wide"), C(256, 64, 64, 8, 4, "wide"), C(128, 128, 64, 8, 3, "wide"), C(128, 128, 64, 8, 4, "wide"), C(128, 64, 64, 4, 3, "wide"),
-    C(128, 64, 64, 8, 3, "tma"), C(128, 64, 64, 8, 4, "tma"), C(256, 64, 64, 8, 3, "tma"), C(256, 64, 64, 8, 4, "tma"), C(128, 128, 64, 8, 3, "tma"), C(128, 128, 64, 8, 4, "tma"), C(128, 64, 64, 4, 3, "tma"), C(64, 128, 64, 4, 3, "tma"),
-    C(256, 64, 64, 8, 4, **_TMA), C(128, 128, 64, 8, 4, **_TMA), C(128, 64, 64, 8, 3, **_TMA, ctas=2), C(256, 64, 64, 8, 3, **_FLAT), C(128, 64, 64, 8, 3, **_FLAT, ctas=2),C(128, 128, 64, 8, 3, **_FLAT),
-    C(128, 64, 128, 8, 2, "tma"), C(256, 64, 32, 8, 5, "tma"), C(256, 64, 128, 8, 2, "tma"),
- ),
- "down": _PRODUCT_90, "dxe": _PRODUCT_90 + (C(128,256,128,8,2,**_TMA),C(128,128,128,8,2,"tma")),
- "da": (
-    C(128, 64, 64, 8, 3), C(128, 64, 64, 8, 4), C(128, 128, 64, 8, 3), C(128, 128, 64, 8, 4), C(256, 64, 64, 8, 3), C(64, 64, 64, 4, 4), C(64, 128, 64, 4, 3), C(128, 64, 64, 4, 3),
-    C(128, 64, 64, 8, 3, "tma"), C(128, 64, 64, 8, 4, "tma"), C(128, 128, 64, 8, 3, "tma"), C(128, 128, 64, 8, 4, "tma"), C(256, 64, 64, 8, 3, "tma"), C(64, 64, 64, 4, 4, "tma"), C(64, 128, 64, 4, 3, "tma"),
-    C(128, 64, 64, 8, 3, **_TMA, ctas=2), C(128, 64, 64, 8, 4, **_PT, ctas=2), C(128, 128, 64, 8, 3, **_TMA),
- ),
- "dw1": (
-    C(128, 256, 64, 8, 5), C(128, 256, 64, 8, 4), C(128, 256, 32, 8, 7), C(256, 128, 64, 8, 5), C(128, 128, 64, 8, 5), C(128, 128, 64, 8, 4), C(128, 128, 32, 8, 7), C(128, 128, 128, 8, 4),
-    C(128, 256, 64, 8, 4, "tma"), C(128, 256, 64, 8, 5, "tma"), C(128, 256, 64, 8, 3, "tma"), C(256, 128, 64, 8, 5, "tma"), C(256, 128, 64, 8, 4, "tma"), C(128, 128, 64, 8, 5, "tma"), C(128, 128, 64, 8, 4, "tma"), C(128, 128, 64, 4, 5, "tma"),
- ),
- "dw2": (
-    C(256, 64, 64, 8, 5), C(256, 64, 64, 8, 4), C(256, 64, 32, 8, 7), C(128, 64, 64, 4, 5), C(128, 64, 64, 8, 5), C(128, 128, 64, 8, 5), C(256, 128, 64, 8, 5), C(256, 64, 128, 8, 4),
-    C(256, 64, 64, 8, 5, "tma"), C(256, 64, 64, 8, 4, "tma"), C(128, 64, 64, 4, 5, "tma"), C(128, 128, 64, 8, 5, "tma"), C(256, 128, 64, 8, 5, "tma"), C(256, 128, 64, 8, 4, "tma"), C(128, 64, 64, 8, 5, "tma"),
- ),
-}}
+_PRODUCT_80 = (C(128, 128, 32, 4, 4), C(128, 256, 32, 8, 3), C(128, 256, 64, 8, 3), C(128, 128, 64, 8, 3))
+_PRODUCT_90 = (
+    *(C(128, 128, 64, 8, 3), C(128, 256, 64, 8, 3)),
+    *(C(128, 128, 64, 8, 3, "tma"), C(128, 128, 64, 4, 3, "tma"), C(128, 256, 64, 8, 4, "tma"), C(256, 128, 64, 8, 3, "tma")),
+    *(_persistent(128, 256, 64, 8, 3), _persistent(128, 256, 64, 8, 4), _persistent(256, 128, 64, 8, 4)),
+    *(_persistent(128, 128, 64, 8, 3, ctas=2), _persistent(128, 128, 64, 4, 3, ctas=2)),
+    *(_persistent(128, 256, 64, 8, 3, flatten=True), _persistent(128, 256, 64, 8, 4, flatten=True)),
+    _persistent(128, 128, 64, 8, 3, ctas=2, flatten=True),
+    *(_persistent(128, 256, 64, 4, 3, ws=True), _persistent(128, 256, 64, 4, 4, ws=True)),
+    *(_persistent(128, 128, 64, 4, 4, ws=True), _persistent(256, 128, 64, 4, 3, ws=True)),
+)
+CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
+    80: {
+        "up": (
+            *(C(128, 64, 32, 4, 4), C(256, 64, 32, 8, 4), C(64, 64, 64, 4, 3)),
+            *(C(128, 128, 32, 8, 4, "wide"), C(128, 128, 64, 8, 3, "wide")),
+        ),
+        "down": _PRODUCT_80,
+        "da": (C(128, 64, 64, 8, 4), C(128, 128, 64, 8, 3), C(64, 64, 64, 4, 4)),
+        "dxe": _PRODUCT_80,
+        "dw1": (C(128, 128, 32, 8, 5), C(128, 256, 32, 8, 5), C(128, 256, 64, 8, 5), C(128, 128, 32, 8, 7)),
+        "dw2": (C(256, 64, 32, 8, 5), C(128, 64, 64, 4, 5), C(128, 64, 32, 4, 6)),
+        "combine": _COMBINE,
+    },
+    90: {
+        "up": (
+            *(C(128, 64, 64, 8, 3), C(256, 64, 64, 8, 3), C(128, 64, 64, 4, 3)),
+            *(C(128, 64, 64, 8, 3, "wide"), C(128, 64, 64, 4, 3, "wide")),
+            *(
+                C(128, 64, 64, 8, 3, "tma"),
+                C(128, 64, 64, 8, 4, "tma"),
+                C(128, 64, 64, 4, 3, "tma"),
+                C(128, 64, 128, 8, 2, "tma"),
+            ),
+            *(C(256, 64, 64, 8, 3, "tma"), C(256, 64, 64, 8, 4, "tma"), C(256, 64, 32, 8, 5, "tma")),
+            *(C(128, 128, 64, 8, 3, "tma"), C(128, 128, 64, 8, 4, "tma"), C(64, 128, 64, 4, 3, "tma")),
+            *(_persistent(128, 64, 64, 8, 3, ctas=2), _persistent(256, 64, 64, 8, 4), _persistent(128, 128, 64, 8, 4)),
+            *(_persistent(128, 64, 64, 8, 3, ctas=2, flatten=True), _persistent(256, 64, 64, 8, 3, flatten=True)),
+            _persistent(128, 128, 64, 8, 3, flatten=True),
+        ),
+        "down": _PRODUCT_90,
+        "da": (
+            *(C(128, 64, 64, 8, 3), C(128, 64, 64, 8, 4), C(64, 64, 64, 4, 4), C(64, 128, 64, 4, 3), C(256, 64, 64, 8, 3)),
+            *(
+                C(128, 64, 64, 8, 3, "tma"),
+                C(128, 64, 64, 8, 4, "tma"),
+                C(64, 64, 64, 4, 4, "tma"),
+                C(64, 128, 64, 4, 3, "tma"),
+            ),
+            *(C(128, 128, 64, 8, 3, "tma"), C(128, 128, 64, 8, 4, "tma"), C(256, 64, 64, 8, 3, "tma")),
+            *(_persistent(128, 64, 64, 8, 3, ctas=2), _persistent(128, 128, 64, 8, 3)),
+        ),
+        "dxe": (*_PRODUCT_90, _persistent(128, 256, 128, 8, 2)),
+        "dw1": (
+            *(
+                C(128, 256, 64, 8, 5),
+                C(128, 256, 32, 8, 7),
+                C(256, 128, 64, 8, 5),
+                C(128, 128, 64, 8, 5),
+                C(128, 128, 32, 8, 7),
+            ),
+            *(C(128, 256, 64, 8, 4, "tma"), C(128, 256, 64, 8, 5, "tma"), C(256, 128, 64, 8, 5, "tma")),
+            *(C(128, 128, 64, 8, 4, "tma"), C(128, 128, 64, 8, 5, "tma"), C(128, 128, 64, 4, 5, "tma")),
+        ),
+        "dw2": (
+            *(C(256, 64, 64, 8, 5), C(256, 64, 32, 8, 7), C(128, 64, 64, 4, 5), C(128, 128, 64, 8, 5), C(256, 128, 64, 8, 5)),
+            *(
+                C(256, 64, 64, 8, 5, "tma"),
+                C(256, 64, 64, 8, 4, "tma"),
+                C(128, 64, 64, 4, 5, "tma"),
+                C(128, 64, 64, 8, 5, "tma"),
+            ),
+            *(C(128, 128, 64, 8, 5, "tma"), C(256, 128, 64, 8, 5, "tma")),
+        ),
+        "combine": _COMBINE,
+    },
+}
 
 _overrides: dict[str, Config] = {}
 _pinned: str | None = None
@@ -241,17 +296,19 @@ def entries(*ops: str) -> list[Entry]:
     def add(kind: str, op: str, config: Config, arch: int, fp32: bool = False) -> None:
         found.setdefault((op, config, fp32), (kind, set()))[1].add(arch)
 
-    for arch in ARCHS:
-        for op in ops:
-            for config in _choices(op, arch, "large", False):
-                add("flagship", op, config, arch)
-            for size in SIZES:
-                for config in _choices(op, arch, size, False):
-                    add("table", op, config, arch)
-            for config in _choices(op, arch, "large", True):
-                add("table", op, config, arch, True)
-            for config in CANDIDATES.get(arch, {}).get(op, ()):
-                add("candidate", op, config, arch)
+    pairs = [(arch, op) for arch in ARCHS for op in ops]
+    for arch, op in pairs:
+        for config in _choices(op, arch, "large", False):
+            add("flagship", op, config, arch)
+    for arch, op in pairs:
+        for size in SIZES:
+            for config in _choices(op, arch, size, False):
+                add("table", op, config, arch)
+        for config in _choices(op, arch, "large", True):
+            add("table", op, config, arch, True)
+    for arch, op in pairs:
+        for config in CANDIDATES.get(arch, {}).get(op, ()):
+            add("candidate", op, config, arch)
     return [Entry(kind, op, config, tuple(sorted(archs)), fp32) for (op, config, fp32), (kind, archs) in found.items()]
 
 

@@ -23,6 +23,8 @@ def launch(kernel: Any, programs: int | tuple[int, ...], config: Config, *args: 
     grid = programs if isinstance(programs, tuple) else (programs,)
     if 0 in grid:
         return
+    if config.specialize:
+        triton.set_allocator(_scratch)  # for descriptors made on the device; per thread, and autograd has threads of its own
     device = next(arg for arg in args if isinstance(arg, Tensor)).device
     constants |= {"num_warps": config.warps, "num_stages": config.stages}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -30,6 +32,10 @@ def launch(kernel: Any, programs: int | tuple[int, ...], config: Config, *args: 
             kernel[grid](*args, **constants)
     else:
         kernel[grid](*args, **constants)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def cdiv(a: int, b: int) -> int:

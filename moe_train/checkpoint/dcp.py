@@ -83,10 +83,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.name[len(PREFIX) :].isdigit() and complete(p))
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for path in checkpoints(folder)[:-count]:
-        shutil.rmtree(path)
+def keep(folder: Path, last: int, every: int) -> None:
+    """Delete all checkpoints but the newest `last` and those of steps that `every` divides (0 = none)."""
+    for path in checkpoints(folder)[:-last]:
+        if not every or step_of(path) % every:
+            shutil.rmtree(path)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name[len(PREFIX) :])
 
 
 def find(path: Path) -> Path:

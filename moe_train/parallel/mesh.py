@@ -36,7 +36,7 @@ def start_world(config: Config) -> World:
     if problems := config.layout_conflicts(size):
         raise UserError("\n".join([f"layout on {size} ranks: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     device, why = _choose_device(config)
-    dtype = _choose_dtype(config, device)
+    dtype, numbers = _choose_dtype(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -45,7 +45,7 @@ def start_world(config: Config) -> World:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    reason = f"{size} rank(s) on {device.type} ({why}), {dist.get_backend()}, compute in {str(dtype)[6:]}"
+    reason = f"{size} rank(s) on {device.type} ({why}) over {dist.get_backend()}, compute in {str(dtype)[6:]} ({numbers})"
     return World(rank, size, device, dtype, reason)
 
 
@@ -58,10 +58,12 @@ def _choose_device(config: Config) -> tuple[torch.device, str]:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "torch sees CUDA"
 
 
-def _choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.train.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
+def _choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str]:
+    if config.train.dtype != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype], "asked for by name"
+    if device.type == "cuda":
+        return torch.bfloat16, "half the bytes and many times the matrix rate; masters, router and optimizer stay float32"
+    return torch.float32, "few CPUs multiply bfloat16 faster"
 
 
 def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh:

@@ -1,4 +1,4 @@
-"""Inputs, routings and tolerances that the tests of the expert kernels share. T tokens, K choices, E experts, D hidden, F expert hidden."""
+"""Inputs, routings and tolerances of the expert kernels' tests. T tokens, K choices, E experts, D hidden, F expert hidden."""
 
 import torch
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import (
     EVERYWHERE,
+    ON_GPU,
     ONE_OF_EACH,
     TRITON,
     TRITON_FLOAT32,
@@ -217,6 +218,13 @@ def test_opcheck(where, monkeypatch):
 def test_two_runs_are_bitwise_equal(where):
     args = inputs(where, 40, 24, 300)
     assert_bitwise_equal(where, *ARGS, args, [0, 1], chunk=16)
+
+
+@pytest.mark.parametrize("where", ON_GPU)
+def test_flagship_vocabulary(where):
+    args = inputs(where, 1000, 1280, 96_512)
+    compare(where, *ARGS, args, [0, 1], chunk=384)
+    assert_bitwise_equal(where, *ARGS, args, [0, 1], chunk=384)
 
 
 @pytest.mark.slow

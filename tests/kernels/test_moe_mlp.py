@@ -113,7 +113,7 @@ def test_the_naive_twin_against_loops_and_finite_differences():
 def test_rows_of_no_expert_stay_unwritten(device):
     x, gate_up, down, ids, weights, grad = moe_inputs(40, 5, 2, 24, 16, torch.float32, device, "holes")
     config = configs.pick("up", x, gate_up)
-    offsets, row_slot, slot_row, tiles = sort_slots(ids, 5, config.block_m)
+    offsets, row_slot, _slot_row, tiles = sort_slots(ids, 5, config.block_m)
     live = int(offsets[-1])
     z, y = with_triton.up_swiglu(x, gate_up, offsets, row_slot, 2, config, tiles)
     da = configs.pick("da", x, down)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twins import EVERYWHERE, ONE_OF_EACH, TRITON_FLOAT32, Where, assert_compiles, compare, opcheck
+from twins import EVERYWHERE, ON_GPU, ONE_OF_EACH, TRITON_FLOAT32, Where, assert_compiles, compare, opcheck
 
 from moe_kernels import KernelError
 from moe_kernels.rope import reference, with_torch
@@ -73,6 +73,11 @@ def test_opcheck(where, monkeypatch):
     where.op("rope", "rope")
     args = (where.normal(2, 3, 2, 8).requires_grad_(), *tables(where, 1, 3, 4), 1)
     opcheck(monkeypatch, "rope_triton", args)
+
+
+@pytest.mark.parametrize("where", ON_GPU)
+def test_flagship_shape(where):
+    compare(where, "rope", "rope", (where.normal(2, 4096, 20, 64), *tables(where, 1, 4096, 32)), [0])
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twins import EVERYWHERE, ONE_OF_EACH, TRITON_FLOAT32, Where, assert_compiles, compare, opcheck
+from twins import EVERYWHERE, ON_GPU, ONE_OF_EACH, TRITON_FLOAT32, Where, assert_compiles, compare, opcheck
 
 from moe_kernels import KernelError
 from moe_kernels.swiglu import reference, with_torch
@@ -65,6 +65,11 @@ def test_opcheck(where, monkeypatch):
     x = where.normal(5, 12)
     opcheck(monkeypatch, "swiglu_triton", (x.requires_grad_(),))
     opcheck(monkeypatch, "swiglu_backward_triton", (x.detach(), where.normal(5, 6)))
+
+
+@pytest.mark.parametrize("where", ON_GPU)
+def test_flagship_shape(where):
+    compare(where, "swiglu", "swiglu", (where.normal(65_536, 896),), [0])
 
 
 @pytest.mark.slow

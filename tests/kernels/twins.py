@@ -28,8 +28,6 @@ class Where(NamedTuple):
     dtype: torch.dtype
 
     def op(self, folder: str, name: str) -> Callable:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
         if self.backend == "triton" and self.device == "cpu" and not launch.INTERPRETED:
             pytest.skip("a machine with a GPU runs the kernels there")
         return getattr(importlib.import_module(f"moe_kernels.{folder}.{_MODULES[self.backend]}"), name)
@@ -46,7 +44,8 @@ class Where(NamedTuple):
 
 def _param(backend: str, device: str, dtype: torch.dtype) -> Any:
     name = f"{backend}-{device}-{str(dtype).removeprefix('torch.')}"
-    return pytest.param(Where(backend, device, dtype), id=name, marks=[pytest.mark.gpu] if device == "cuda" else [])
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.param(Where(backend, device, dtype), id=name, marks=[pytest.mark.gpu, absent] if device == "cuda" else [])
 
 
 # the interpreter's bf16 products are wrong, and its bf16 stores truncate: bf16 kernels are tested on a GPU
@@ -58,6 +57,7 @@ EVERYWHERE = [
 ]
 TRITON = [where for where in EVERYWHERE if where.values[0].backend == "triton"]
 TRITON_FLOAT32 = [where for where in TRITON if where.values[0].dtype == torch.float32]
+ON_GPU = [where for where in EVERYWHERE if where.values[0].device == "cuda" and where.values[0].dtype != torch.float32]
 ONE_OF_EACH = [
     _param("reference", "cpu", torch.float32),
     _param("torch", "cpu", torch.float32),
@@ -98,9 +98,8 @@ def compare(
 ) -> Result:
     """Check op `name` of `where` against the reference in fp64; returns what the op returned."""
     result = run(where.op(folder, name), args, grad_of, **options)
-    exact = [arg.double().cpu() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
-    exact = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in exact]
-    reference = run(Where("reference", "cpu", torch.float64).op(folder, name), exact, grad_of, **options)
+    exact = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+    reference = run(Where("reference", where.device, torch.float64).op(folder, name), exact, grad_of, **options)
     tolerance = tolerance or _TOLERANCES[where.dtype]
     for i, (mine, truth) in enumerate(zip(result.outputs, reference.outputs, strict=True)):
         assert_close(mine, truth, tolerance, f"output {i}")

@@ -23,6 +23,7 @@ MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part 
     "flops": {"config", "model"},
     "metrics": {"flops"},
     "plots": {"metrics"},
+    "stop": {"parallel"},
     "generate": {"model", "data"},
     "evaluate": {"checkpoint", "cli", "config", "data", "engine", "model", "parallel"},
 }

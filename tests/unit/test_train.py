@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def rows(folder: Path, kind: str = "train") -> list[dict]:
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     prefix = write_corpus(tmp_path_factory.mktemp("corpus") / "text")
     data = [f"data.{split}={prefix}" for split in ("train", "valid", "test")]
-    return ["configs/quickstart.yaml", *MODEL, *TRAIN, *REST, *data, "model.router.router_size=8"]
+    return ["configs/quickstart.yaml", *MODEL, *TRAIN, *REST, *data, "data.tokenizer=bytes", "model.router.router_size=8"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,22 @@ def test_going_on_with_other_ranks(run: Path, words: list[str], tmp_path: Path) 
     assert "resumed at step 4" in done.stdout
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(number: int, run: Path, words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "asked"
+    long = [sys.executable, "launch/pretrain.py", *words, f"run.dir={folder}", "train.steps=100000", "checkpoint.every=0"]
+    process = subprocess.Popen(long, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(number)
+            break
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert f"stopped by {signal.Signals(number).name}" in output
+    last = rows(folder)[-1]["step"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+
+
 def test_sampling_is_repeatable(run: Path) -> None:
     one, two = (tool("generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "3") for _ in range(2))
     assert one.returncode == 0, one.stderr
@@ -119,11 +136,22 @@ def test_evaluation_of_a_text_file(run: Path, tmp_path: Path) -> None:
         ("pretrain", ["{run}/config.yaml", "model.hidden_size=64"], "holds a run with another model"),
         (
             "pretrain",
-            ["configs/quickstart.yaml", "data.train={tmp}/gone", "data.valid=a", "data.test=b", "run.dir={tmp}/r"],
+            [
+                "configs/quickstart.yaml",
+                "data.tokenizer=bytes",
+                "data.train={tmp}/gone",
+                "data.valid=a",
+                "data.test=b",
+                "run.dir={tmp}/r",
+            ],
             "gone",
         ),
         ("pretrain", ["configs/quickstart.yaml", "data.tokenizer={tmp}/gone", "run.dir={tmp}/r"], "gone"),
-        ("pretrain", ["configs/quickstart.yaml", "model.vocab_size=8", "run.dir={tmp}/r"], "smaller than the 257 ids"),
+        (
+            "pretrain",
+            ["configs/quickstart.yaml", "data.tokenizer=bytes", "model.vocab_size=8", "run.dir={tmp}/r"],
+            "smaller than the 257 ids",
+        ),
     ],
 )
 def test_mistakes_are_one_message(run: Path, tmp_path: Path, script: str, call: list[str], part: str) -> None:

@@ -123,8 +123,9 @@ def _accumulate(dw: Tensor | None, slope: Tensor, x: Tensor, wide: torch.dtype) 
     if x.dtype == wide:
         return slope.t() @ x if dw is None else dw.addmm_(slope.t(), x)
     if x.is_cuda:
-        if dw is None:
-            return torch.mm(slope.t(), x, out_dtype=wide)
+        if dw is None or torch.compiler.is_compiling():  # Inductor cannot lower addmm with out_dtype
+            part = torch.mm(slope.t(), x, out_dtype=wide)
+            return part if dw is None else dw.add_(part)
         return torch.addmm(dw, slope.t(), x, out_dtype=wide, out=dw)
     part = (slope.t() @ x).to(wide)  # CPU products of 16-bit operands have no wider output
     return part if dw is None else dw.add_(part)

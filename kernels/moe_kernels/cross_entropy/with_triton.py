@@ -17,7 +17,7 @@ from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.types import Reduce
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _stats(logits, row, out, n, V: tl.constexpr, BLOCK: tl.constexpr):
     """out [4, n]: max, sum of exp(logit - max), the target's logit (0 if not held here), 1 if held here. A program per token."""
     t = tl.program_id(0)

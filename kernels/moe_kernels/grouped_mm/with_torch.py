@@ -1,5 +1,7 @@
 """grouped_mm on any device through torch's own grouped GEMM; the signature is documented in reference.py."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ def rows_by_weights(rows: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     if rows.dtype == torch.float64:
         bounds = offsets.tolist()
         out = rows.new_zeros(rows.shape[0], w.shape[2])
-        for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
             out[start:end] = rows[start:end] @ w[expert]
         return out
     columns = w.shape[2]
@@ -32,7 +34,7 @@ def rows_by_rows(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Sum over each expert's rows of a[r] b[r]^T: [M, N], [M, C] -> [E, N, C], contiguous; zero for an expert without rows."""
     if a.dtype == torch.float64:
         bounds = offsets.tolist()
-        return torch.stack([a[start:end].T @ b[start:end] for start, end in zip(bounds, bounds[1:], strict=False)])
+        return torch.stack([a[start:end].T @ b[start:end] for start, end in itertools.pairwise(bounds)])
     out = F.grouped_mm(_pad(a).T, _pad(b), offs=offsets[1:])
     return out[:, : a.shape[1], : b.shape[1]].contiguous()
 
@@ -60,7 +62,9 @@ def _pad(matrix: Tensor) -> Tensor:
     """The same matrix with zeros added until both of its last dims are multiples of 16 bytes, as grouped_mm's strides must be."""
     unit = 16 // matrix.element_size()
     columns = -matrix.shape[-1] % unit
-    inner = -matrix.shape[-2] % unit if matrix.dim() == 3 else 0  # the rows of a 2-D operand are the ragged dim, of stride 1 never
+    inner = (
+        -matrix.shape[-2] % unit if matrix.dim() == 3 else 0
+    )  # the rows of a 2-D operand are the ragged dim, of stride 1 never
     return F.pad(matrix, (0, columns, 0, inner)) if columns or inner else matrix
 
 

@@ -7,6 +7,7 @@ its expert's rows in ascending order. No atomics; rows at or after offsets[E] ar
 M rows, E experts, C columns in, N columns out.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -43,12 +44,15 @@ def rows_product(op: str, rows: Tensor, w: Tensor, offsets: Tensor, transposed: 
     if slots == 0:
         return out
     config = configs.pick(op, rows, w, rows_per_expert=slots / w.shape[0])
+    if config.specialize and inner % config.block_k:  # its boxes would run into the next expert's weights
+        config = replace(config, specialize=False)
     if tiles is None or tiles.block_rows != config.block_m:
         tiles = map_tiles(offsets, slots, config.block_m)
     programs = grid_size(tiles.expert.shape[0] * cdiv(columns, config.block_n), config, rows.device)
     rows_arg, w_arg = _operands(config, rows, w, transposed)
-    constants = _product_constants(config, columns, inner, transposed)
-    launch(_rows_product, programs, config, rows_arg, w_arg, offsets, tiles.expert, tiles.row, tiles.count, out, **constants)
+    constants = _product_constants(config, w.shape[0], columns, inner, transposed)
+    index = (offsets, tiles.expert, tiles.row, tiles.count)
+    launch(_rows_product, programs, config, rows_arg, w_arg, *index, out, slots, **constants)
     return out
 
 
@@ -76,18 +80,18 @@ def rows_outer(
 
 
 def _operands(config: Config, rows: Tensor, w: Tensor, transposed: bool) -> tuple[Any, Any]:
-    if config.variant != "tma":
+    if config.variant != "tma" or config.specialize:
         return rows, w
     box = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
     return (
         TensorDescriptor.from_tensor(rows, [config.block_m, config.block_k]),
-        TensorDescriptor.from_tensor(w.flatten(0, 1), list(box)),
+        TensorDescriptor.from_tensor(w, [1, *box]),
     )
 
 
-def _product_constants(config: Config, columns: int, inner: int, transposed: bool) -> dict[str, Any]:
+def _product_constants(config: Config, num_experts: int, columns: int, inner: int, transposed: bool) -> dict[str, Any]:
     return {
-        "N": columns, "C": inner, "TRANSPOSED": transposed,
+        "E": num_experts, "N": columns, "C": inner, "TRANSPOSED": transposed,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "TMA": config.variant == "tma",
         "PERSISTENT": config.persistent, "FLATTEN": config.flatten, "SPECIALIZE": config.specialize, "PRECISION": config.precision,
     }  # fmt: skip
@@ -104,8 +108,7 @@ def _outer_constants(config: Config, num_experts: int, p: int, q: int, gather_a:
 def _forward(
     rows: Tensor, w: Tensor, offsets: Tensor, expert: Tensor | None, row: Tensor | None, count: Tensor | None, block_rows: int
 ) -> Tensor:
-    tiles = None if expert is None else TileMap(expert, row, count, block_rows)
-    return rows_product("down", rows, w, offsets, transposed=True, tiles=tiles)
+    return rows_product("down", rows, w, offsets, transposed=True, tiles=_tiles(expert, row, count, block_rows))
 
 
 def _backward(
@@ -118,26 +121,41 @@ def _backward(
     count: Tensor | None,
     block_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    tiles = None if expert is None else TileMap(expert, row, count, block_rows)
-    grad_rows = rows_product("dxe", grad, w, offsets, transposed=False, tiles=tiles)
+    grad_rows = rows_product("dxe", grad, w, offsets, transposed=False, tiles=_tiles(expert, row, count, block_rows))
     return grad_rows, rows_outer("dw1", grad, rows, offsets)
 
 
-@triton.jit
+def _tiles(expert: Tensor | None, row: Tensor | None, count: Tensor | None, block_rows: int) -> TileMap | None:
+    return None if expert is None or row is None or count is None else TileMap(expert, row, count, block_rows)
+
+
+@triton.jit(do_not_specialize=["slots"])
 def _rows_product(
-    rows, w, offsets, tile_expert, tile_row, tile_count, out,
-    N: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    rows, w, offsets, tile_expert, tile_row, tile_count, out, slots,
+    E: tl.constexpr, N: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TMA: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """1-D grid over (row tile, column tile), columns fastest. TMA: rows and w are descriptors, else pointers."""
+    """1-D grid over (row tile, column tile), columns fastest.
+
+    rows and w are pointers, or with TMA descriptors. With SPECIALIZE they are pointers to make descriptors of: each consumer group
+    takes half of the rows, and the compiler can only halve the box of a descriptor that it saw made.
+    """
     NN: tl.constexpr = (N + BN - 1) // BN
+    if SPECIALIZE:
+        rows = tl.make_tensor_descriptor(rows, [slots, C], [C, 1], [BM, BK])
+        if TRANSPOSED:
+            w = tl.make_tensor_descriptor(w, [E * N, C], [C, 1], [BN, BK])
+        else:
+            w = tl.make_tensor_descriptor(w, [E * C, N], [N, 1], [BK, BN])
     if PERSISTENT:
         total = tl.load(tile_count) * NN
         for q in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
             e = tl.load(tile_expert + q // NN)
             first = tl.load(tile_row + q // NN)
             end = tl.load(offsets + e + 1)
-            _product_tile(rows, w, out, e, first, end, (q % NN) * BN, N, C, TRANSPOSED, BM, BN, BK, TMA, SPECIALIZE, PRECISION)
+            n0 = (q % NN) * BN
+            _product_tile(rows, w, out, e, first, end, n0, N, C, TRANSPOSED, BM, BN, BK, TMA, SPECIALIZE, PRECISION)
     else:
         q = tl.program_id(0)
         e = tl.load(tile_expert + q // NN)
@@ -146,29 +164,28 @@ def _rows_product(
         first = tl.load(tile_row + q // NN)
         end = tl.load(offsets + e + 1)
         n0 = (q % NN) * BN
-        _product_tile(rows, w, out, e, first, end, n0, N, C, TRANSPOSED, BM, BN, BK, TMA, True, PRECISION)
+        _product_tile(rows, w, out, e, first, end, n0, N, C, TRANSPOSED, BM, BN, BK, TMA, SPECIALIZE, PRECISION)
 
 
 @triton.jit
 def _product_tile(
     rows, w, out, e, first, end, n0,
     N: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TMA: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """HALVES: store in two column halves, with half the registers; warp specialisation cannot partition the split."""
     if TMA:
-        acc = _product_tma(rows, w, e, first, n0, N, C, TRANSPOSED, BM, BN, BK, PRECISION)
+        acc = _product_tma(rows, w, e, first, n0, N, C, TRANSPOSED, BM, BN, BK, SPECIALIZE, PRECISION)
     else:
         acc = _product_pointer(rows, w, e, first, end, n0, N, C, TRANSPOSED, BM, BN, BK, PRECISION)
     r = tl.arange(0, BM)
     live = r < end - first
     target = out + first.to(tl.int64) * N + n0
-    if HALVES:
+    if SPECIALIZE:  # which cannot partition the split in halves
+        _store_columns(acc, target, r, live, N - n0, N, BN, N % BN == 0)
+    else:
         left, right = column_halves(acc, BM, BN)
         _store_columns(left, target, r, live, N - n0, N, BN // 2, N % BN == 0)
         _store_columns(right, target + BN // 2, r, live, N - n0 - BN // 2, N, BN // 2, N % BN == 0)
-    else:
-        _store_columns(acc, target, r, live, N - n0, N, BN, N % BN == 0)
 
 
 @triton.jit
@@ -184,16 +201,17 @@ def _store_columns(value, target, r, live, columns, N: tl.constexpr, BN: tl.cons
 @triton.jit
 def _product_tma(
     rows, w, e, first, n0,
-    N: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A box may run into the next expert's rows: they are computed and not stored. Past a matrix's end it reads zeros.
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
         a = rows.load([first, k])
         if TRANSPOSED:
-            b = w.load([e * N + n0, k]).T
+            b = w.load([e * N + n0, k]).T if SPECIALIZE else tl.reshape(w.load([e, n0, k]), (BN, BK)).T
         else:
-            b = w.load([e * C + k, n0])
+            b = w.load([e * C + k, n0]) if SPECIALIZE else tl.reshape(w.load([e, k, n0]), (BK, BN))
         acc = dot(a, b, acc, PRECISION)
     return acc
 
@@ -219,10 +237,11 @@ def _product_pointer(
         step = k0 if TRANSPOSED else k0 * N
         if C % BK == 0:
             a = tl.load(a_tile + k0)
-            if TRANSPOSED or N % BN == 0:
-                b = tl.load(b_tile + step)
-            else:
-                b = tl.load(b_tile + step, mask=(n < N)[None, :], other=0.0)
+            b = (
+                tl.load(b_tile + step)
+                if TRANSPOSED or N % BN == 0
+                else tl.load(b_tile + step, mask=(n < N)[None, :], other=0.0)
+            )
         else:
             left = k0 + k < C
             a = tl.load(a_tile + k0, mask=left[None, :], other=0.0)
@@ -368,13 +387,14 @@ _op = define("triton", _forward, _backward)
 def _product_case(entry: Entry, columns: int, inner: int, transposed: bool) -> AotCase:
     config, kind = entry.config, configs.operand_type(entry.fp32)
     box = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
-    tma = config.variant == "tma"
+    tma = config.variant == "tma" and not config.specialize
     types = {
         "rows": f"tensordesc<{kind}[{config.block_m},{config.block_k}]>" if tma else f"*{kind}",
-        "w": f"tensordesc<{kind}[{box[0]},{box[1]}]>" if tma else f"*{kind}",
+        "w": f"tensordesc<{kind}[1,{box[0]},{box[1]}]>" if tma else f"*{kind}",
         "out": f"*{kind}",
+        "slots": "i32",
     } | dict.fromkeys(("offsets", "tile_expert", "tile_row", "tile_count"), "*i32")
-    constants = _product_constants(config, columns, inner, transposed)
+    constants = _product_constants(config, FLAGSHIP["E"], columns, inner, transposed)
     piped = 0 if entry.fp32 else 2
     return AotCase(entry.label, _rows_product, types, constants, config.warps, config.stages, entry.archs, piped)
 

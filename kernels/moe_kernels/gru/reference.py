@@ -16,16 +16,17 @@ from moe_kernels.checks import FLOATS, require
 def check_arguments(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> None:
     """Raise KernelError where `gru_step` cannot take these arguments."""
     op = "gru_step"
-    require(z.ndim == 2 and z.shape == h.shape and z.dtype in FLOATS, op, "z and h must be floating [T, P]", z=z, h=h)
-    width = z.shape[1]
+    ok = z.ndim == 2 and h.ndim == 2 and len(z) == len(h) and z.dtype in FLOATS
+    require(ok, op, "z must be floating [T, I] and h floating [T, P]", z=z, h=h)
+    width = h.shape[1]
     for name, value, shape in (
-        ("w_ih", w_ih, (3 * width, width)),
+        ("w_ih", w_ih, (3 * width, z.shape[1])),
         ("w_hh", w_hh, (3 * width, width)),
         ("b_ih", b_ih, (3 * width,)),
         ("b_hh", b_hh, (3 * width,)),
     ):
-        rule = f"{name} must be {list(shape)} (order r, z, n) on z's device, where z is [T, P]"
-        require(tuple(value.shape) == shape and value.device == z.device, op, rule, **{name: value}, z=z)
+        rule = f"{name} must be {list(shape)} (order r, z, n) on z's device, where z is [T, I] and h is [T, P]"
+        require(tuple(value.shape) == shape and value.device == z.device, op, rule, **{name: value}, z=z, h=h)
         require(value.dtype in FLOATS, op, f"{name} must be floating", **{name: value})
     state = torch.float64 if z.dtype == torch.float64 else torch.float32
     rule = "the state is never rounded: h must be float32, or float64 where z is float64, on z's device"
@@ -35,8 +36,9 @@ def check_arguments(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tens
 def gru_step(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
     """The next state of `torch.nn.GRUCell` with input `z` and state `h`.
 
-    z [T, P] compute dtype, h [T, P] fp32 (fp64 where z is fp64), w_ih and w_hh [3P, P], b_ih and b_hh [3P] in GRUCell's layout
-    and order (r, z, n) -> h_next [T, P] of h's dtype. Gradients to all six.
+    z [T, I] compute dtype (I = P in RMoE; another width in its ablation without projectors), h [T, P] fp32 (fp64 where z is
+    fp64), w_ih [3P, I], w_hh [3P, P], b_ih and b_hh [3P] in GRUCell's layout and order (r, z, n) -> h_next [T, P] of h's dtype.
+    Gradients to all six.
 
         r = sigmoid(z W_ir' + b_ir + h W_hr' + b_hr)        reset gate
         u = sigmoid(z W_iz' + b_iz + h W_hz' + b_hz)        update gate

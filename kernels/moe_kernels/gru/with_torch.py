@@ -1,6 +1,7 @@
 """`gru_step` on any device, with a hand-written backward that saves z and h and recomputes the gates.
 
-Autograd would keep r, u, n and the hidden half of n: 2 kB more per token and layer at P=128.
+Autograd would keep r, u, n and the hidden half of n: 2 kB more per token and layer at P=128 (805 MB for 16,384 tokens and 24
+layers). Recomputing them costs two products beside the other six.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ def _gates(
     low = z.dtype
     from_input = _matmul(z, w_ih.to(low).t(), h.dtype).add_(b_ih)
     from_state = _matmul(h.to(low), w_hh.to(low).t(), h.dtype).add_(b_hh)
-    width = z.shape[1]
+    width = h.shape[1]
     both = from_input[:, : 2 * width].add_(from_state[:, : 2 * width]).sigmoid_()
     r, u = both[:, :width], both[:, width:]
     hidden = from_state[:, 2 * width :]

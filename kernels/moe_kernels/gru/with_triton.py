@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_kernels.aot import AotCase
 from moe_kernels.checks import require
 from moe_kernels.configs import Config
+from moe_kernels.gru import with_torch
 from moe_kernels.gru.reference import check_arguments
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.partial_sums import sum_partials
@@ -83,7 +84,7 @@ def _gates(
     return r, tl.sigmoid(u), n, hidden
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     z,
     h,
@@ -109,7 +110,7 @@ def _forward(
     tl.store(out + at, n + u * (state - n), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_gates(
     z,
     h,
@@ -146,7 +147,7 @@ def _backward_gates(
     tl.store(to + P, (dn * hidden * (1.0 - r)).to(gates.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_inputs(
     gates,
     w_ih,
@@ -199,7 +200,7 @@ def _backward_inputs(
     tl.store(dh + at, of_h + tl.load(dh + at, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "span"])
 def _backward_weights(
     gates,
     x,
@@ -350,8 +351,13 @@ _gru_step.register_autograd(_differentiate, setup_context=_save)
 
 def gru_step(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
     """See `moe_kernels.gru.reference.gru_step`; fp64 raises KernelError. fp32 products follow torch's float32 matmul
-    precision."""
+    precision.
+
+    An input wider than the state is one large product, which the library does best, so that form is the torch backend's.
+    """
     check_arguments(z, h, w_ih, w_hh, b_ih, b_hh)
+    if z.shape[1] != h.shape[1]:
+        return with_torch.gru_step(z, h, w_ih, w_hh, b_ih, b_hh)
     rule = "the triton backend takes z of 16 or 32 bits (else use the torch backend)"
     require(z.dtype != torch.float64, "gru_step", rule, z=z)
     return _gru_step(z, h, w_ih, w_hh, b_ih, b_hh)

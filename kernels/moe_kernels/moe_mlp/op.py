@@ -40,7 +40,13 @@ def define(backend: str, forward: Callable[..., Forward], backward: Callable[...
 def _fake_forward(x: Tensor, w_gate_up: Tensor, w_down: Tensor, expert_ids: Tensor, weights: Tensor) -> Forward:
     slots = expert_ids.shape[0] * expert_ids.shape[1]
     offsets = expert_ids.new_empty(w_down.shape[0] + 1)
-    return torch.empty_like(x), x.new_empty(slots, w_gate_up.shape[1]), offsets, expert_ids.new_empty(slots), torch.empty_like(expert_ids)
+    return (
+        torch.empty_like(x),
+        x.new_empty(slots, w_gate_up.shape[1]),
+        offsets,
+        expert_ids.new_empty(slots),
+        torch.empty_like(expert_ids),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Forward) -> None:

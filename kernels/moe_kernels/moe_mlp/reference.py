@@ -2,8 +2,8 @@
 
 T tokens, K choices, E experts, D hidden, F expert hidden, M = T * K slots.
 
-Cost at the flagship shape (T = 16,384, E = 16, K = 4, D = 1,280, F = 448, bf16). Bytes: each tensor once, gathered rows K times; the time
-is the larger of FLOPs over peak (312 / 989 / 989 TFLOP/s) and bytes over bandwidth (2.04 / 3.35 / 4.8 TB/s), in microseconds:
+Cost at the flagship shape (T = 16,384, E = 16, K = 4, D = 1,280, F = 448, bf16). Bytes: each tensor once, gathered rows K times; the
+time is the larger of FLOPs over peak (312 / 989 / 989 TFLOP/s) and bytes over bandwidth (2.04 / 3.35 / 4.8 TB/s), in microseconds:
 
 | kernel | FLOPs | bytes | A100 | H100 | H200 |
 | --- | --- | --- | --- | --- | --- |
@@ -30,9 +30,11 @@ from moe_kernels.checks import check_moe_mlp
 def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     """Each token's weighted sum of its experts: out[t] = sum_k weights[t, k] * W_down[e] (silu(gate) * up), e = expert_ids[t, k].
 
-    x [T, D]; w_gate_up [E, 2F, D], F gate rows and then F up rows, so that (gate, up) = W_gate_up[e] x[t]; w_down [E, D, F]; expert_ids
-    [T, K] int32 in [-1, E); weights [T, K] of any float dtype. Returns [T, D] in x's dtype. T = 0 and repeated experts are fine; an empty
-    slot (-1) contributes exactly zero, whatever its weight, and has a zero gradient. Differentiable in x, w_gate_up, w_down and weights.
+    x [T, D]; w_gate_up [E, 2F, D], F gate rows and then F up rows, so that (gate, up) = W_gate_up[e] x[t]; w_down [E, D, F];
+    expert_ids [T, K] int32 in [-1, E); weights [T, K] of any float dtype. Returns [T, D] in x's dtype. T = 0 and repeated experts are
+    fine; an empty slot (-1) contributes exactly zero, whatever its weight, and has a zero gradient. Differentiable in x, w_gate_up,
+    w_down and weights.
+
     Raises KernelError for shapes that do not match, mixed dtypes or devices (weights' dtype is free), a non-contiguous argument, T * K
     above int32, and in debug mode for an expert id out of range.
     """

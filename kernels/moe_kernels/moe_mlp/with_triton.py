@@ -223,10 +223,7 @@ def _up_wide(
     acc = tl.zeros((BM, 2 * BN), tl.float32)
     for k0 in range(0, D, BK):
         left = k0 + k < D
-        if D % BK == 0:
-            a = tl.load(x_tile + k0)
-        else:
-            a = tl.load(x_tile + k0, mask=left[None, :], other=0.0)
+        a = tl.load(x_tile + k0) if D % BK == 0 else tl.load(x_tile + k0, mask=left[None, :], other=0.0)
         if TMA:
             b = tl.reshape(w.load([e, 0, n0, k0]), (2 * BN, BK)).T
         elif D % BK == 0:
@@ -277,7 +274,9 @@ def _down_gradient_tile(
     live = r < end - first
     slot = tl.load(row_slot + first + tl.minimum(r, end - first - 1))
     n0 = tile * BN
-    acc = _gradient_product(grad + (slot // K).to(tl.int64)[:, None] * D, w, e, n0, D, F, BM, BN, BK, VARIANT == "tma", PRECISION)
+    acc = _gradient_product(
+        grad + (slot // K).to(tl.int64)[:, None] * D, w, e, n0, D, F, BM, BN, BK, VARIANT == "tma", PRECISION
+    )
     scale = tl.load(weights + slot).to(tl.float32)
     base = first.to(tl.int64)
     z_tile = z + base * (2 * F) + n0
@@ -305,10 +304,7 @@ def _gradient_product(
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, D, BK):
         left = k0 + k < D
-        if D % BK == 0:
-            a = tl.load(a_tile + k0)
-        else:
-            a = tl.load(a_tile + k0, mask=left[None, :], other=0.0)
+        a = tl.load(a_tile + k0) if D % BK == 0 else tl.load(a_tile + k0, mask=left[None, :], other=0.0)
         if TMA:
             b = tl.reshape(w.load([e, k0, n0]), (BK, BN))
         elif D % BK == 0 and F % BN == 0:

@@ -36,10 +36,8 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> Plan:
     counts = [flat.count(expert) for expert in range(num_experts)]
     offsets = [sum(counts[:expert]) for expert in range(num_experts + 1)]
     row_slot = order + [-1] * (len(flat) - len(order))
-    offsets, row_slot, slot_row = (
-        torch.tensor(values, dtype=torch.int32, device=expert_ids.device) for values in (offsets, row_slot, slot_row)
-    )
-    return Plan(offsets, row_slot, slot_row.view(expert_ids.shape))
+    index = [torch.tensor(v, dtype=torch.int32, device=expert_ids.device) for v in (offsets, row_slot, slot_row)]
+    return Plan(index[0], index[1], index[2].view(expert_ids.shape))
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:

@@ -1,7 +1,7 @@
 """The permutation ops as Triton kernels; signatures are documented in reference.py.
 
-Sorting is counting: a histogram of each block of slots, a prefix over the blocks, and a stable placement by rank. No atomics, no argsort,
-and grids that depend on shapes only. T tokens, K choices, E experts, M = T * K slots, D width.
+Sorting is counting: a histogram of each block of slots, a prefix over the blocks, and a stable placement by rank. No atomics, no
+argsort, and grids that depend on shapes only. T tokens, K choices, E experts, M = T * K slots, D width.
 """
 
 from typing import Any
@@ -104,9 +104,7 @@ def split_rows(
     return grad_rows, grad_weights
 
 
-def _sort_impl(
-    ids: Tensor, num_experts: int, block_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sort_impl(ids: Tensor, num_experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots, device = ids.numel(), ids.device
     blocks = cdiv(slots, _SORT.block_m)
     bound = tile_bound(slots, num_experts, block_rows)
@@ -304,7 +302,7 @@ def _combine_case(entry: Entry) -> AotCase:
 
 
 def _sort_case(name: str, kernel: Any, pointers: str, scalars: str, **constants: int) -> AotCase:
-    types = {argument: "*i32" for argument in pointers.split()} | {argument: "i32" for argument in scalars.split()}
+    types = dict.fromkeys(pointers.split(), "*i32") | dict.fromkeys(scalars.split(), "i32")
     return AotCase(name, kernel, types, constants, _SORT.warps, _SORT.stages)
 
 

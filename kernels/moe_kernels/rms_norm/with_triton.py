@@ -23,7 +23,7 @@ _RANGES = 256  # a constant, not twice the number of multiprocessors: the weight
 _MAX_HIDDEN = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(x, branch, weight, total, y, rstd, T, eps, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, ADD: tl.constexpr):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     c = tl.arange(0, BD)
@@ -40,7 +40,7 @@ def _forward(x, branch, weight, total, y, rstd, T, eps, D: tl.constexpr, BD: tl.
     tl.store(rstd + t, scale, mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def _backward(
     x,
     weight,
@@ -68,9 +68,10 @@ def _backward(
         scale = tl.load(rstd + t, mask=t < T, other=0.0)[:, None]
         normed = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        dw += tl.sum(g * normed, 0)
-        g = g * w[None, :]
-        d = scale * (g - normed * (tl.sum(g * normed, 1) / D)[:, None])
+        product = g * normed
+        dw += tl.sum(product, 0)
+        mean = tl.sum(product * w[None, :], 1) / D
+        d = scale * (g * w[None, :] - normed * mean[:, None])
         if ADD:
             d += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=mask)
@@ -80,7 +81,7 @@ def _backward(
 def _config(kernel: Any, hidden: int) -> Config:
     """block_m rows of a tile, block_n lanes of a row. Backward has few programs, so each keeps more bytes in flight."""
     lanes, backward = power_of_2(hidden, 16), kernel is _backward
-    rows = max((8192 if backward else 2048) // lanes, 1)
+    rows = max((4096 if backward else 2048) // lanes, 1)
     return Config(block_m=rows, block_n=lanes, block_k=1, warps=8 if backward or lanes > 2048 else 4, stages=3)
 
 

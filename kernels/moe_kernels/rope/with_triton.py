@@ -15,7 +15,7 @@ from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.rope.reference import check_arguments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "S"])
 def _rotate(
     x,
     cos,

@@ -30,12 +30,5 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = _wide(gate_up).chunk(2, -1)
-        out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        d_gate, d_up = out.chunk(2, -1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        d_up.copy_(silu * grad)
-        # silu' = sigmoid + silu (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        d_gate.copy_(slope.mul_(up).mul_(grad))
-        return out
+        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat([d_gate, F.silu(gate).mul_(grad)], -1).to(gate_up.dtype)

@@ -14,7 +14,7 @@ from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.swiglu.reference import check_arguments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _forward(gate_up, y, M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -26,7 +26,7 @@ def _forward(gate_up, y, M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
     tl.store(y + r.to(tl.int64)[:, None] * F + c[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _backward(gate_up, dy, dx, M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

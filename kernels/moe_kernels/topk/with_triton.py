@@ -29,7 +29,7 @@ def _order(logits, e, LAST: tl.constexpr):
     return (ordered.to(tl.int64) << 32) | (LAST - e).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     logits,
     scores,
@@ -76,7 +76,7 @@ def _forward(
     tl.store(counts + tl.program_id(0) * E + e, count, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward(
     scores,
     weights,
