@@ -34,7 +34,7 @@ class Problem:
     sizes: dict[str, int]
     routing: str | None
     dtype: torch.dtype
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     expected: dict[str, Tensor]  # outputs and gradients by name, fp32 or better
     flops: dict[str, float] = field(default_factory=dict)  # by pass, where arithmetic is the roofline
     traffic: dict[str, float] = field(default_factory=dict)  # bytes by pass, where bandwidth is
@@ -131,6 +131,15 @@ class SetupTooLong(Exception):
     """A provider's first calls took longer than the limit."""
 
 
+class DeviceLost(Exception):
+    """A provider left the device in a state (an illegal address, say) in which this process can use it no more."""
+
+    def __init__(self, provider: str, reason: str) -> None:
+        super().__init__(f"{provider} lost the device: {reason}")
+        self.provider, self.reason = provider, reason
+        self.job = 0  # the one that was under way
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise SetupTooLong in this (the main) thread after `seconds`, at the next step that is Python's; 0: never."""
@@ -206,7 +215,7 @@ def check(problem: Problem, runner: Runner, device: torch.device) -> Checked:
 
 
 def sample(call: Callable[[], object], repeats: int, device: torch.device, flush: Tensor) -> list[float]:
-    """Milliseconds of each of `repeats` calls. The cache is overwritten before each; on CUDA nothing waits for the host between them."""
+    """Milliseconds of each of `repeats` calls. On CUDA the cache is overwritten before each, and the host runs ahead of the device."""
     if device.type != "cuda":
         times = []
         for _ in range(repeats):
@@ -246,7 +255,7 @@ def time_in_turns(
                     per_round[name] = _repeats(min(taken) / 1e3, settings)
             except Exception as error:  # whatever a provider raises, the others go on
                 failed[name] = one_line(error)
-                _free(device)
+                recover(device, name, failed[name])
     return failed | {name: _timing(times[name], windows[name]) for name in calls if name not in failed}
 
 
@@ -274,10 +283,11 @@ def measure_ceilings(device: torch.device, settings: Settings, flush: Tensor) ->
     deadline = time.monotonic() + (settings.warm_up if cuda else 0)
     while time.monotonic() < deadline:
         sample(lambda: torch.mm(a, b), 20, device, flush)
-    product = _timing(sample(lambda: torch.mm(a, b), settings.repeats, device, flush), ()).p50
-    source = torch.randint(-128, 128, (count,), dtype=torch.int8, device=device)
+    repeats = max(settings.repeats, 3)
+    product = _timing(sample(lambda: torch.mm(a, b), repeats, device, flush), ()).p50
+    source = torch.randn(count // 4, device=device)
     target = torch.empty_like(source)
-    copy = _timing(sample(lambda: target.copy_(source), settings.repeats, device, flush), ()).p50
+    copy = _timing(sample(lambda: target.copy_(source), repeats, device, flush), ()).p50
     return Ceilings(2 * size**3 / product / 1e9, 2 * count / copy / 1e6)
 
 
@@ -288,7 +298,7 @@ class Session:
     device: torch.device
     writer: Writer
     monitor: Monitor
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
     budget: Budget = field(default_factory=lambda: Budget(None))
     left_out: list[str] = field(default_factory=list)
 
@@ -297,24 +307,30 @@ class Session:
         self.ceilings = measure_ceilings(self.device, self.settings, self.flush)
         _free(self.device)
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Do all jobs, as far as the budget goes."""
+    def run(self, jobs: Sequence[Job], start: int = 0) -> None:
+        """Do all jobs from the one numbered `start`, as far as the budget goes. Raises DeviceLost, after a row that says so."""
         usable = self._list_unavailable(jobs)
-        for job in jobs:
+        for number, job in enumerate(jobs[start:], start):
             providers = [provider for provider in job.providers if (job.op, provider.name) in usable]
             if self.budget.spent():
                 self.left_out.append(f"{job.label}: {', '.join(provider.name for provider in providers)}")
                 continue
             try:
-                problem = job.build()
-            except Exception as error:  # too large for this device, say; the other shapes go on
-                row = {"op": job.op, "shape": job.label, "provider": "inputs and reference"}
-                self.writer.write(row | {"status": "failed", "reason": one_line(error)})
-                _free(self.device)
-                continue
-            self._run_problem(problem, job.label, providers)
-            del problem
+                self._run_job(job, providers)
+            except DeviceLost as lost:
+                lost.job = number
+                raise
             _free(self.device)
+
+    def _run_job(self, job: Job, providers: Sequence[Provider]) -> None:
+        try:
+            problem = job.build()
+        except Exception as error:  # too large for this device, say; the other shapes go on
+            row = {"op": job.op, "shape": job.label, "provider": "reference"}
+            self.writer.write(row | {"status": "failed", "reason": one_line(error)})
+            recover(self.device, "reference", one_line(error))
+            return
+        self._run_problem(problem, job.label, providers)
 
     def _list_unavailable(self, jobs: Sequence[Job]) -> set[tuple[str, str]]:
         """Write a row for each op and provider that cannot run; returns the ones that can."""
@@ -343,7 +359,12 @@ class Session:
                 self.left_out.append(f"{label} {which}: {', '.join(runners)}")
                 continue
             calls = {name: runner.call(which) for name, runner in runners.items()}
-            for name, timing in time_in_turns(calls, self.settings, self.device, self.flush).items():
+            try:
+                timings = time_in_turns(calls, self.settings, self.device, self.flush)
+            except DeviceLost as lost:
+                self._write(problem, which, *rows[lost.provider], lost.reason)
+                raise
+            for name, timing in timings.items():
                 self._write(problem, which, *rows[name], timing)
 
     def _prepare(self, problem: Problem, provider: Provider) -> tuple[Row, Runner | None, Checked | None]:
@@ -356,7 +377,7 @@ class Session:
                 checked = check(problem, runner, self.device)
         except Exception as error:  # whatever a provider raises, the others go on
             self.writer.write(row | {"status": "failed", "reason": one_line(error), "setup_s": time.monotonic() - start})
-            _free(self.device)
+            recover(self.device, provider.name, one_line(error))
             return row, None, None
         row |= {"errors": checked.errors, "error": _largest(checked.errors), "setup_s": time.monotonic() - start}
         row |= {"note": runner.note} if runner.note else {}
@@ -392,6 +413,16 @@ class Session:
 def _largest(errors: dict[str, float]) -> float:
     """The largest error, and NaN if any is NaN."""
     return next((error for error in errors.values() if math.isnan(error)), max(errors.values()))
+
+
+def recover(device: torch.device, provider: str, reason: str) -> None:
+    """Free what a failed call left; raises DeviceLost where the device no longer answers."""
+    try:
+        _free(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        raise DeviceLost(provider, reason) from error
 
 
 def _free(device: torch.device) -> None:

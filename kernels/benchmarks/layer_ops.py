@@ -17,8 +17,9 @@ from torch import Tensor
 from moe_kernels import Backend, get_backend
 
 EPS = 1e-6
+PARAMETERS = ("projector", "w_ih", "w_hh", "b_ih", "b_hh", "scorer", "weight", "w")  # the other leaves are activations
 CLEAR_GAP = 0.1  # between logits: tokens whose ranking a rounding could change get no gradient through their choice
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors, and what an op takes besides
 Outputs = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Outputs]
 _ROUTER_BACKWARD = 3  # products of forward and backward together over those of forward
@@ -94,27 +95,27 @@ def _draw_recurrent(sizes: Sizes, draw: Draw) -> Inputs:
         "b_ih": draw.normal(3 * sizes.P, scale=0.1),
         "b_hh": draw.normal(3 * sizes.P, scale=0.1),
         "scorer": draw.normal(sizes.E, sizes.P, scale=2 * sizes.P**-0.5),
-        "top_k": torch.tensor(sizes.K),
+        "top_k": sizes.K,
     }
 
 
-def recurrent_step(kernels: Backend, top_k: int, inputs: Inputs) -> Outputs:
+def recurrent_step(kernels: Backend, inputs: Inputs) -> Outputs:
     """Projector, GRU step, scorer and top-k, as the recurrent router calls them."""
     x = inputs["x"]
     h = kernels.gru_step(F.linear(x, inputs["projector"]), *(inputs[name] for name in ("h", "w_ih", "w_hh", "b_ih", "b_hh")))
-    choice = kernels.topk_scores(F.linear(h.to(x.dtype), inputs["scorer"]), top_k)
+    choice = kernels.topk_scores(F.linear(h.to(x.dtype), inputs["scorer"]), inputs["top_k"])
     return choice.weights, choice.scores, h
 
 
-def linear_gate(kernels: Backend, top_k: int, inputs: Inputs) -> Outputs:
+def linear_gate(kernels: Backend, inputs: Inputs) -> Outputs:
     """The usual router: one product and top-k."""
-    choice = kernels.topk_scores(F.linear(inputs["x"], inputs["scorer"]), top_k)
+    choice = kernels.topk_scores(F.linear(inputs["x"], inputs["scorer"]), inputs["top_k"])
     return choice.weights, choice.scores
 
 
 def _draw_gate(sizes: Sizes, draw: Draw) -> Inputs:
     x, scorer = draw.normal(sizes.T, sizes.D), draw.normal(sizes.E, sizes.D, scale=sizes.D**-0.5)
-    return {"x": x, "scorer": scorer, "top_k": torch.tensor(sizes.K)}
+    return {"x": x, "scorer": scorer, "top_k": sizes.K}
 
 
 def _rope_eager(inputs: Inputs) -> Outputs:
@@ -191,7 +192,16 @@ def _loss_liger(inputs: Inputs) -> Outputs:
     """With its weight gradient added up in fp32, as ours is."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    plain = (None, None, -100, 0.0, 0.0, "mean", None, False)  # bias, ce_weight, ignore_index, z, smoothing, reduction, softcap, z
+    plain = (
+        None,
+        None,
+        -100,
+        0.0,
+        0.0,
+        "mean",
+        None,
+        False,
+    )  # bias, ce_weight, ignore_index, z, smoothing, reduction, softcap, z
     result = LigerFusedLinearCrossEntropyFunction.apply(inputs["x"], inputs["w"], inputs["target"], *plain, torch.float32)
     return (result[0],)
 
@@ -233,7 +243,7 @@ ROUTER_OPS = (
         ("x", "h", "projector", "w_ih", "w_hh", "b_ih", "b_hh", "scorer"),
         ("weights", "scores", "h_next"),
         _draw_recurrent,
-        ours=lambda kernels, inputs: recurrent_step(kernels, int(inputs["top_k"]), inputs),
+        ours=recurrent_step,
         flops=lambda s: _products(2.0 * s.T * (s.D * s.P + 6 * s.P * s.P + s.P * s.E)),
         elements=_recurrent_elements,
     ),
@@ -243,7 +253,7 @@ ROUTER_OPS = (
         ("x", "scorer"),
         ("weights", "scores"),
         _draw_gate,
-        ours=lambda kernels, inputs: linear_gate(kernels, int(inputs["top_k"]), inputs),
+        ours=linear_gate,
         flops=lambda s: _products(2.0 * s.T * s.D * s.E),
         elements=lambda s: {FORWARD: s.T * (s.D + 2 * s.E + 4 * s.K), TRAINING: s.T * (3 * s.D + 2 * (2 * s.E + 4 * s.K))},
     ),
@@ -310,13 +320,26 @@ LAYER_OPS = (
 )
 
 
+def _copy(inputs: Inputs) -> Inputs:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _exact(inputs: Inputs) -> Inputs:
+    """The same values in fp32."""
+    return {name: value.float() if _floating(value) else value for name, value in inputs.items()}
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _gradient_names(op: Op) -> tuple[str, ...]:
     return tuple(f"d{name}" for name in op.leaves)
 
 
 def make_runner(op: Op, inputs: Inputs, upstream: Outputs, forward: Forward) -> Runner:
     """One way to call an op, on inputs of its own: a rival may work in place."""
-    own = {name: value.clone() for name, value in inputs.items()}
+    own = _copy(inputs)
     leaves = tuple(own[name].requires_grad_() for name in op.leaves)
     own_upstream = tuple(value.clone() for value in upstream)
 
@@ -334,7 +357,7 @@ def make_runner(op: Op, inputs: Inputs, upstream: Outputs, forward: Forward) -> 
         name_results=lambda outputs, grads: dict(
             zip((*op.outputs, *_gradient_names(op)), (value.clone() for value in (*outputs, *grads)), strict=True)
         ),
-        parameters=tuple(own[name] for name in op.leaves if own[name].dim() == 1 or name in ("projector", "scorer", "w", "w_ih", "w_hh")),
+        parameters=tuple(own[name] for name in op.leaves if name in PARAMETERS),
         restore=restore,
     )
 
@@ -355,11 +378,10 @@ def make_upstream(op: Op, outputs: Outputs, top_k: int | None, dtype: torch.dtyp
 def build(op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
     """The problem and its expected results in fp32. Its inputs hold the upstream gradients as `upstream 0` and so on."""
     inputs = op.draw(sizes, Draw(dtype, device))
-    exact = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    exact = _exact(inputs)
     forward = partial(op.ours, get_backend("reference", device))
-    top_k = int(inputs["top_k"]) if "top_k" in inputs else None
     if op.expected is None:
-        upstream = make_upstream(op, tuple(value.detach() for value in forward(exact)), top_k, dtype)
+        upstream = make_upstream(op, tuple(value.detach() for value in forward(exact)), inputs.get("top_k"), dtype)
         runner = make_runner(op, exact, upstream, forward)
         expected = {name: value.detach() for name, value in runner.name_results(*runner.train()).items()}
     else:
@@ -384,7 +406,7 @@ def prepare(op: Op, forward: Forward, problem: Problem) -> Runner:
     inputs = {name: value for name, value in problem.inputs.items() if not name.startswith("upstream ")}
     exact = [value for name, value in problem.inputs.items() if name.startswith("upstream ")]
     with torch.no_grad():
-        dtypes = [value.dtype for value in forward({name: value.clone() for name, value in inputs.items()})]
+        dtypes = [value.dtype for value in forward(_copy(inputs))]
     return make_runner(op, inputs, tuple(value.to(dtype) for value, dtype in zip(exact, dtypes, strict=True)), forward)
 
 
@@ -396,12 +418,19 @@ def _liger(op: Op, module: str, forward: Forward, device: torch.device) -> Provi
     def why_unavailable() -> str | None:
         return "needs a CUDA device, not cpu" if device.type != "cuda" else why_not_importable((module,))
 
-    return Provider("liger", lambda: describe_version("liger_kernel", "liger_kernel"), why_unavailable, partial(prepare, op, forward))
+    return Provider(
+        "liger", lambda: describe_version("liger_kernel", "liger_kernel"), why_unavailable, partial(prepare, op, forward)
+    )
 
 
 def _compiled(op: Op, device: torch.device) -> Provider:
     """Our torch backend through torch.compile."""
-    call: Any = torch.compile(partial(op.ours, get_backend("torch", device)), dynamic=False)
+    kernels = get_backend("torch", device)
+
+    @torch.compile(dynamic=False)
+    def call(inputs: Inputs) -> Outputs:
+        return op.ours(kernels, inputs)
+
     return _provider(op, "compile", call)
 
 
@@ -409,16 +438,26 @@ def jobs(
     ops: Sequence[Op], sizes: Sizes, extras: Sequence[str], backends: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> list[Job]:
     """Every op with our backends, plain torch (`eager`) and those of `extras` (`liger`, `compile`) that have it."""
-    result = []
-    for op in ops:
-        providers = [
-            own_provider(name, device, lambda backend, problem, op=op: prepare(op, partial(op.ours, backend), problem)) for name in backends
-        ]
-        if op.eager is not None:
-            providers.append(_provider(op, "eager", op.eager))
-        if op.liger is not None and "liger" in extras:
-            providers.append(_liger(op, *op.liger, device))
-        if op.eager is None and "compile" in extras:
-            providers.append(_compiled(op, device))
-        result.append(Job(op.name, f"{op.name} {sizes.name}", partial(build, op, sizes, dtype, device), providers))
-    return result
+    return [
+        Job(
+            op.name,
+            f"{op.name} {sizes.name}",
+            partial(build, op, sizes, dtype, device),
+            _providers(op, extras, backends, device),
+        )
+        for op in ops
+    ]
+
+
+def _providers(op: Op, extras: Sequence[str], backends: Sequence[str], device: torch.device) -> list[Provider]:
+    def prepare_ours(backend: Backend, problem: Problem) -> Runner:
+        return prepare(op, partial(op.ours, backend), problem)
+
+    providers = [own_provider(name, device, prepare_ours) for name in backends]
+    if op.eager is not None:
+        providers.append(_provider(op, "eager", op.eager))
+    if op.liger is not None and "liger" in extras:
+        providers.append(_liger(op, *op.liger, device))
+    if op.eager is None and "compile" in extras:
+        providers.append(_compiled(op, device))
+    return providers

@@ -137,12 +137,18 @@ def own_provider(name: str, device: torch.device, prepare: Callable[[Backend, Pr
 
 
 def jobs(
-    shapes: Sequence[Shape], routings: Sequence[str], rivals: Sequence[Rival], backends: Sequence[str], device: torch.device, dtype: torch.dtype
+    shapes: Sequence[Shape],
+    routings: Sequence[str],
+    rivals: Sequence[Rival],
+    backends: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[Job]:
     """Every shape with every routing."""
     providers = [own_provider(name, device, lambda backend, problem: own_runner(backend, problem.inputs)) for name in backends]
     providers += [
-        Provider(rival.name, rival.version, partial(rival.why_unavailable, device), partial(rival_runner, rival)) for rival in rivals
+        Provider(rival.name, rival.version, partial(rival.why_unavailable, device), partial(rival_runner, rival))
+        for rival in rivals
     ]
     return [
         Job(OP, f"{shape.name} {routing}", partial(build, shape, routing, dtype, device), providers)

@@ -7,6 +7,8 @@ from typing import Any
 Row = dict[str, Any]
 STATUSES = ("ok", "wrong", "failed", "unavailable")
 _REASON_LENGTH = 240
+_CASE = ("op", "shape", "routing", "pass", "provider")
+_HEADER = (*_CASE, "p50 ms", "p20-p80", "ratio", "TFLOP/s", "GB/s", "share", "peak MB", "saved MB", "err")
 
 
 class Writer:
@@ -47,11 +49,10 @@ def _short(value: Any) -> Any:
 def table(rows: list[Row], ours: str = "triton") -> str:
     """Rows as text, grouped by case and fastest first; `ratio` is the median time over that of `ours` in the same case."""
     baseline = {_case(row): row["p50_ms"] for row in rows if row["provider"] == ours and row["status"] == "ok"}
-    header = ("op", "shape", "routing", "pass", "provider", "p50 ms", "p20-p80", "ratio", "TFLOP/s", "GB/s", "share", "peak MB", "saved MB", "err")  # fmt: skip
     order = {case: i for i, case in enumerate(dict.fromkeys(_case(row) for row in rows))}
     ordered = sorted(rows, key=lambda row: (order[_case(row)], row.get("p50_ms") or float("inf")))
-    lines = [header, *(_cells(row, baseline.get(_case(row))) for row in ordered)]
-    widths = [max(len(line[i]) for line in lines if len(line) == len(header)) for i in range(len(header))]
+    lines = [_HEADER, *(_cells(row, baseline.get(_case(row))) for row in ordered)]
+    widths = [max(len(line[i]) for line in lines if len(line) == len(_HEADER)) for i in range(len(_HEADER))]
     return "\n".join(_line(line, widths) for line in lines)
 
 
@@ -60,10 +61,10 @@ def _case(row: Row) -> tuple[Any, ...]:
 
 
 def _cells(row: Row, ours: float | None) -> tuple[str, ...]:
-    head = tuple(str(row.get(name) or "-") for name in ("op", "shape", "routing", "pass", "provider"))
+    head = tuple(str(row.get(name) or "-") for name in _CASE)
     if row["status"] != "ok":
         return (*head, f"{row['status']}: {row.get('reason', '')}")
-    share = row.get("share_of_matmul") if row.get("tflops") else row.get("share_of_copy")
+    share = max((row[name] for name in ("share_of_matmul", "share_of_copy") if name in row), default=None)
     return (
         *head,
         f"{row['p50_ms']:.4g}",

@@ -1,8 +1,8 @@
 """Other implementations of the expert MLP, called as their own authors call them.
 
-A rival is imported from wherever Python finds it. Every one starts from the same (expert ids, routing weights): its own sort, permutation
-and metadata are part of what is timed, and a router's softmax and top-k are not. Weights are brought into its layout beforehand. All of
-them are checked, output and gradients, against the reference that ours are checked against.
+A rival is imported from wherever Python finds it. Every one starts from the same (expert ids, routing weights): its own sort,
+permutation and metadata are part of what is timed, and a router's softmax and top-k are not. Weights are brought into its layout
+beforehand. All of them are checked, output and gradients, against the reference that ours are checked against.
 
 T tokens, E experts, K choices, D hidden, F expert hidden; w_gate_up [E, 2F, D] with F gate rows first, w_down [E, D, F].
 """
@@ -152,7 +152,7 @@ class SonicMoe(Rival):
         from sonicmoe.enums import ActivationType
         from sonicmoe.functional import TC_topk_router_metadata, _DownProjection, _UpProjection
 
-        experts, hidden, ffn = w_down.shape
+        experts, _, ffn = w_down.shape
         tokens, top_k = ids.shape
         stream = torch.cuda.current_stream().cuda_stream
         paired = leaf(w_gate_up.unflatten(1, (2, ffn)).transpose(1, 2).flatten(1, 2).contiguous())

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import layer_ops
 import moe_ops
 import precompile
 import torch
-from harness import Budget, Job, Session, Settings
+from harness import Budget, DeviceLost, Job, Session, Settings
 from machine import Monitor, describe
 from report import Writer, table
 from rivals import RIVALS, Rival
@@ -39,6 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile-threads", type=int, help="for the candidates of rivals' autotuners; 1: serial; default: up to 16")
     add("--commit", help="our commit, where the source tree has no .git")
     add("--rival-commit", action="append", default=[], metavar="NAME=HASH", help="a rival's commit, for its rows")
+    add("--start-at", type=int, default=0, metavar="JOB", help="number of the first job, from 0")
     add("--list", action="store_true", help="print the jobs and who can run, and measure nothing")
     options = parser.parse_args(arguments)
     try:
@@ -51,11 +54,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def choose_shapes(options: argparse.Namespace) -> list[moe_ops.Shape]:
     """The MoE shapes asked for."""
-    names = options.shapes.split(",") if options.shapes else QUICK_SHAPES if options.quick else None
-    if names is None:
-        return [shape for shape in moe_ops.SHAPES if (shape.name == "tiny") == (options.device == "cpu")]
-    if options.device == "cpu" and not options.shapes:
-        names = ["tiny"]
+    if not options.shapes:
+        names = ["tiny"] if options.device == "cpu" else QUICK_SHAPES if options.quick else None
+        return [shape for shape in moe_ops.SHAPES if (shape.name in names if names else shape.name != "tiny")]
+    names = options.shapes.split(",")
     for name in names:
         if not any(shape.name.startswith(name) for shape in moe_ops.SHAPES):
             raise ValueError(f"--shapes: {name!r} is none of {', '.join(shape.name for shape in moe_ops.SHAPES)}")
@@ -98,8 +100,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
 
 def print_plan(jobs: Sequence[Job]) -> None:
     """Jobs and providers, with the reason of those that cannot run."""
-    for job in jobs:
-        print(f"{job.op}: {job.label}")
+    for number, job in enumerate(jobs):
+        print(f"{number}: {job.op}: {job.label}")
     for name, provider in {provider.name: provider for job in jobs for provider in job.providers}.items():
         reason = provider.why_unavailable()
         print(f"{name}: {provider.version() if reason is None else f'unavailable: {reason}'}")
@@ -109,6 +111,18 @@ def default_output(gpu: str) -> Path:
     """data/h200.jsonl for 'NVIDIA H200'."""
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
     return Path(__file__).parent / "data" / f"{slug or 'unknown'}.jsonl"
+
+
+def restart(lost: DeviceLost, options: argparse.Namespace, budget: Budget) -> None:
+    """Go on in a fresh process: without the rival that lost the device, or after the job in which one of ours did."""
+    rivals = [rival.name for rival in choose_rivals(options)]
+    start = lost.job if lost.provider in rivals else lost.job + 1
+    left = ",".join(name for name in rivals if name != lost.provider) or "none"
+    print(f"{lost}; going on in a new process at job {start}, rivals: {left}", flush=True)
+    changed = ["--start-at", str(start), "--rivals", left]
+    if options.budget is not None:
+        changed += ["--budget", str(max(budget.deadline - time.monotonic(), 0.0))]
+    os.execv(sys.executable, [sys.executable, *sys.argv, *changed])  # a later option overrides an earlier one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,8 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         session = Session(device, writer, monitor, settings, budget)
         ceilings = session.ceilings
         print(f"{run['gpu']}: product {ceilings.matmul_tflops:.4g} TFLOP/s, copy {ceilings.copy_gbs:.4g} GB/s", flush=True)
-        session.run(jobs)
-    print(table(writer.rows))
+        lost = None
+        try:
+            session.run(jobs, options.start_at)
+        except DeviceLost as error:
+            lost = error
+    print(table(writer.rows), flush=True)
+    if lost is not None:
+        restart(lost, options, budget)
     if session.left_out:
         print("left out, as the budget was spent:", *session.left_out, sep="\n  ")
     print(f"rows appended to {writer.path}")

@@ -269,16 +269,14 @@ def pick(op: str, *operands: Tensor, rows_per_expert: float = float("inf")) -> C
     if op in _overrides:
         return _overrides[op]
     first = operands[0]
-    size = _pinned or next(name for name, least in SIZES.items() if rows_per_expert >= least)
-    choices = _choices(op, _arch(first.device), size, first.dtype == torch.float32)
+    choices = _choices(op, _arch(first.device), _size(rows_per_expert), first.dtype == torch.float32)
     chosen = next(config for config in choices if config.variant != "tma" or all(map(_addressable, operands)))
     return replace(chosen, precision="tf32") if _tf32 else chosen
 
 
 def plan_block_rows(slots: int, num_experts: int, device: torch.device) -> int:
     """Rows per tile of a public plan's tile map."""
-    dummy = torch.empty(0, 1, dtype=torch.bfloat16, device=device)
-    return pick("down", dummy, rows_per_expert=slots / num_experts).block_m
+    return _choices("down", _arch(device), _size(slots / num_experts), False)[0].block_m
 
 
 def require_supported(op: str, x: Tensor) -> None:
@@ -317,6 +315,10 @@ def operand_type(fp32: bool) -> str:
     return "fp32" if fp32 else "bf16"
 
 
+def _size(rows_per_expert: float) -> str:
+    return _pinned or next(name for name, least in SIZES.items() if rows_per_expert >= least)
+
+
 def _choices(op: str, arch: int, size: str, fp32: bool) -> tuple[Config, ...]:
     if arch == 0:
         return _INTERPRETER[op]
@@ -331,11 +333,14 @@ def _addressable(operand: Tensor) -> bool:
     return operand.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in operand.stride()[:-1])
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile must not trace a query of the device
 def _arch(device: torch.device) -> int:
     """80, 90 or 100; the nearest lower one for a chip without entries of its own; 0 under the interpreter."""
-    if _INTERPRETED:
-        return 0
+    return 0 if _INTERPRETED else _device_arch(device)
+
+
+@cache
+def _device_arch(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     arch = max((known for known in ARCHS if known <= major * 10 + minor), default=ARCHS[0])
     if arch != major * 10 + minor:

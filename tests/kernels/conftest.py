@@ -11,6 +11,12 @@ import pytest
 
 from moe_kernels import launch
 
+
+def pytest_configure(config):
+    # A GPU machine may lack pytest-timeout, and markers are strict.
+    config.addinivalue_line("markers", "timeout(seconds): fail after so long, with pytest-timeout")
+
+
 GUARD = 64  # elements before and after each allocation
 
 

@@ -45,7 +45,7 @@ def test_equals_the_naive_twin(where, tokens, width):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", EVERYWHERE)
-@pytest.mark.parametrize(("tokens", "width"), [(20, 64), (63, 128), (70, 256), (65, 72), (1100, 16)])
+@pytest.mark.parametrize(("tokens", "width"), [(20, 64), (63, 128), (65, 72), (1100, 16)])
 def test_equals_the_naive_twin_at_more_shapes(where, tokens, width):
     torch.manual_seed(0)
     compare(where, "gru", "gru_step", inputs(where, tokens, width), range(6))

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from moe_cases import assert_close, dtypes, in_double, moe_inputs, run_moe

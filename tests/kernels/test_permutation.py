@@ -8,6 +8,8 @@ from moe_cases import ROUTINGS, assert_close, dtypes, gradients, route
 
 from moe_kernels import KernelError, launch
 from moe_kernels.checks import debug_checks
+from moe_kernels.grouped_mm import with_torch as grouped_mm_torch
+from moe_kernels.grouped_mm import with_triton as grouped_mm_triton
 from moe_kernels.permutation import reference, with_torch, with_triton
 from moe_kernels.types import Plan
 
@@ -100,6 +102,35 @@ def test_permute_and_unpermute(backend, tokens, num_experts, top_k, width, mode,
         assert_close(actual[1][:live], expected[1][:live], dtype, "grad rows")
         if weighted:
             assert_close(actual[2], expected[2], torch.float32 if dtype == torch.float32 else dtype, "grad weights")
+
+
+@pytest.mark.parametrize("backend", FAST, ids=lambda b: b.__name__.rsplit("_")[-1])
+def test_a_permuted_layer_compiles_with_changing_token_counts(backend, device):
+    grouped_mm = {with_torch: grouped_mm_torch, with_triton: grouped_mm_triton}[backend].grouped_mm
+
+    def layer(x, w, weights, ids):
+        plan = backend.sort_by_expert(ids, 4)
+        return backend.unpermute(grouped_mm(backend.permute(x, plan), w, plan), plan, weights)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (12, 20, 31):
+        ids = route(tokens, 4, 2, "holes").to(device)
+        leaves = [torch.randn(tokens, 16, device=device), torch.randn(4, 16, 16, device=device), torch.rand(tokens, 2, device=device)]
+        grad = torch.randn(tokens, 16, device=device)
+        actual = gradients(lambda *leaves, ids=ids: compiled(*leaves, ids), leaves, grad)
+        expected = gradients(lambda *leaves, ids=ids: layer(*leaves, ids), leaves, grad)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST, ids=lambda b: b.__name__.rsplit("_")[-1])
+def test_opcheck(backend, device, monkeypatch):
+    monkeypatch.setattr(launch, "_allocate", torch.empty)  # guard rows would be a storage offset that the fake kernel lacks
+    plan = backend.sort_by_expert(route(12, 3, 2).to(device), 3)
+    x, rows = torch.randn(12, 16, device=device), torch.randn(24, 16, device=device)
+    weights = torch.rand(12, 2, device=device)
+    torch.library.opcheck(backend._ops.permute, (x.requires_grad_(), *plan[:3]))
+    for scale in (weights.requires_grad_(), None):
+        torch.library.opcheck(backend._ops.unpermute, (rows.requires_grad_(), *plan[:3], scale))
 
 
 def test_permute_leaves_rows_of_empty_slots_alone(device):
