@@ -254,8 +254,8 @@ def time_in_turns(
                 else:
                     per_round[name] = _repeats(min(taken) / 1e3, settings)
             except Exception as error:  # whatever a provider raises, the others go on
-                failed[name] = one_line(error)
-                recover(device, name, failed[name])
+                failed[name] = reason = one_line(error)
+                recover(device, name, reason)
     return failed | {name: _timing(times[name], windows[name]) for name in calls if name not in failed}
 
 

@@ -128,6 +128,9 @@ def restart(lost: DeviceLost, options: argparse.Namespace, budget: Budget) -> No
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, append rows, print the table; 1 where one of our own backends was wrong or failed."""
     options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: this torch sees no CUDA device; --device cpu is a dry run", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.WARNING)
     torch.set_float32_matmul_precision("highest")  # the references are fp32, and not TF32
     budget = Budget(options.budget)

@@ -10,7 +10,7 @@ class TileMap(NamedTuple):
 
     expert: Tensor  # [bound] int32, -1 after the last tile
     row: Tensor  # [bound] int32, first row of the tile
-    count: Tensor  # [1] int32, number of live tiles
+    live: Tensor  # [1] int32, number of tiles that are there
     block_rows: int  # rows per tile
 
 

@@ -126,6 +126,17 @@ def test_rows_of_no_expert_stay_unwritten(device):
         assert torch.isnan(rows[live:]).all()
 
 
+def test_the_activation_is_a_function_of_the_rounded_pre_activation(device):
+    """Backward recomputes y from the stored z, so forward must not have used more precise values than it stored."""
+    x, gate_up, down, ids, *_ = moe_inputs(60, 3, 2, 64, 32, torch.float16, device)
+    config = configs.pick("up", x, gate_up)
+    offsets, row_slot, _, tiles = sort_slots(ids, 3, config.block_m)
+    z, y = with_triton.up_swiglu(x, gate_up, offsets, row_slot, 2, config, tiles)
+    gate, up = z.double().chunk(2, dim=-1)
+    expected = (gate * torch.sigmoid(gate) * up).half()
+    assert (y == expected).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("backend", [with_torch, with_triton], ids=["torch", "triton"])
 def test_saved_for_backward_is_x_z_and_indices(backend, device):
     x, gate_up, down, ids, weights, _ = moe_inputs(64, 4, 2, 32, 24, torch.float16, device)

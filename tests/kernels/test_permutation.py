@@ -46,7 +46,7 @@ def test_tile_map_covers_each_experts_rows_in_order(tokens, num_experts, top_k, 
     bounds = offsets.tolist()
     expected = [(expert, row) for expert in range(num_experts) for row in range(bounds[expert], bounds[expert + 1], block_rows)]
     for tiles in (sorted_map, with_triton.map_tiles(offsets, row_slot.shape[0], block_rows)):
-        assert int(tiles.count) == len(expected)
+        assert int(tiles.live) == len(expected)
         assert list(zip(tiles.expert.tolist(), tiles.row.tolist(), strict=True))[: len(expected)] == expected
         assert (tiles.expert[len(expected) :] == -1).all()
 

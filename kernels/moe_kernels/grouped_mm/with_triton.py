@@ -51,7 +51,7 @@ def rows_product(op: str, rows: Tensor, w: Tensor, offsets: Tensor, transposed: 
     programs = grid_size(tiles.expert.shape[0] * cdiv(columns, config.block_n), config, rows.device)
     rows_arg, w_arg = _operands(config, rows, w, transposed)
     constants = _product_constants(config, w.shape[0], columns, inner, transposed)
-    index = (offsets, tiles.expert, tiles.row, tiles.count)
+    index = (offsets, tiles.expert, tiles.row, tiles.live)
     launch(_rows_product, programs, config, rows_arg, w_arg, *index, out, slots, **constants)
     return out
 

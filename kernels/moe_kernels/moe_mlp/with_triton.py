@@ -50,7 +50,7 @@ def up_swiglu(
         box = [1, 2, config.block_n, config.block_k]
         w_arg = TensorDescriptor.from_tensor(w_gate_up.view(-1, 2, ffn, hidden), box)
     constants = _up_constants(config, hidden, ffn, top_k)
-    launch(_up, programs, config, x, w_arg, row_slot, offsets, tiles.expert, tiles.row, tiles.count, z, y, **constants)
+    launch(_up, programs, config, x, w_arg, row_slot, offsets, tiles.expert, tiles.row, tiles.live, z, y, **constants)
     return z, y
 
 
@@ -66,7 +66,7 @@ def down_gradient(
     w_arg: Any = w_down
     if config.variant == "tma":
         w_arg = TensorDescriptor.from_tensor(w_down, [1, config.block_k, config.block_n])
-    args = (grad, w_arg, row_slot, weights, offsets, tiles.expert, tiles.row, tiles.count, z, dz, ya, partial, slots)
+    args = (grad, w_arg, row_slot, weights, offsets, tiles.expert, tiles.row, tiles.live, z, dz, ya, partial, slots)
     launch(_down_gradient, programs, config, *args, **_da_constants(config, hidden, ffn, weights.shape[1]))
     return dz, ya, partial
 

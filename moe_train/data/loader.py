@@ -1,0 +1,227 @@
+"""Rows of a token stream for training, in a random order that depends on nothing but the seed, and for evaluation.
+
+Row r of an epoch is the tokens at [r S, (r + 1) S) of all documents behind each other; fewer than S tokens at the end of the
+stream are in no row. Sample i of a run is row `Order(rows, seed, epoch)(i % rows)` of epoch i // rows, so the position in the
+data is one number, whatever the ranks, workers and batch sizes are. Micro-batch j of a step takes samples
+[cursor + j B, cursor + (j + 1) B) and goes to data-parallel rank j % dp_size.
+
+Shapes: B rows of a micro-batch, S positions, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_train.data.indexed import Int64s
+from moe_train.data.order import Order
+from moe_train.data.stream import NO_TARGET, Prefixes, TokenStream
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.errors import UserError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole rows, all int64 [B, S] but rows. A row holds several documents, which must not see each other."""
+
+    tokens: Tensor
+    targets: Tensor  # the next token of the same document; -100 where there is none
+    positions: Tensor  # from 0 at the start of each document and of the row
+    doc_ids: Tensor  # from 0 in each row
+    labels: Tensor  # of the token's document: an index into label_names, 0 where unknown
+    rows: Tensor  # [B] global row numbers, counted on over the epochs, so that none comes twice in a run
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one data-parallel rank works on in one optimizer step; the counts are those of all ranks together."""
+
+    microbatches: list[MicroBatch]
+    token_count: int
+    target_count: int
+
+
+class Loader:
+    """Training batches, for ever. Opening takes the same time for any size of the data, and so does going to any place in it.
+
+    Raises UserError when the data cannot be read, has fewer tokens than one row, or the batch sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        prefixes: Prefixes,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        vocab_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
+        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
+            raise UserError(
+                f"train.global_batch_size {global_batch_size} must be a multiple of micro_batch_size x data-parallel ranks = "
+                f"{micro_batch_size} x {dp_size}; take {max(1, global_batch_size // (micro_batch_size * dp_size))} times that"
+            )
+        self._stream = TokenStream(prefixes, vocab_size, tokenizer)
+        self._seq_len, self._micro_batch_size, self._global_batch_size = seq_len, micro_batch_size, global_batch_size
+        self._seed, self._dp_rank, self._dp_size = seed, dp_rank, dp_size
+        self._cursor = 0  # samples taken since the start of the run, by all ranks
+        self.rows_per_epoch = self._stream.num_tokens // seq_len
+        if self.rows_per_epoch == 0:
+            raise UserError(
+                f"the data ({self._names()}) has {self._stream.num_tokens} tokens, fewer than one row of {seq_len}; "
+                "add data or lower train.seq_len"
+            )
+
+    def _names(self) -> str:
+        names = [str(d.prefix) for d in self._stream.datasets]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of labels 0, 1, ... in the batches, over all datasets."""
+        return self._stream.label_names
+
+    @property
+    def epochs(self) -> float:
+        """How many times the data has been gone through."""
+        return self._cursor / self.rows_per_epoch
+
+    def next_step(self) -> StepBatch:
+        """Return this rank's micro-batches of the next step, and move on. Raises UserError for damaged data."""
+        first, size = self._cursor, self._micro_batch_size
+        rows = self._rows(first, first + self._global_batch_size)
+        starts = rows % self.rows_per_epoch * self._seq_len
+        mine = [slice(j, j + size) for j in range(self._dp_rank * size, len(rows), self._dp_size * size)]
+        microbatches = [_make_batch(self._stream, rows[part].copy(), starts[part], self._seq_len) for part in mine]
+        targets = sum(self._stream.count_targets(start, start + self._seq_len) for start in starts.tolist())
+        self._cursor += self._global_batch_size
+        return StepBatch(microbatches, token_count=self._global_batch_size * self._seq_len, target_count=targets)
+
+    def _rows(self, first: int, last: int) -> Int64s:
+        """Return the global row numbers (epoch x rows_per_epoch + row) of samples [first, last)."""
+        n = self.rows_per_epoch
+        rows = []
+        while first < last:
+            epoch, start = divmod(first, n)
+            stop = min(n, start + last - first)
+            rows.append(epoch * n + Order(n, "rows", self._seed, epoch)(np.arange(start, stop)))
+            first += stop - start
+        return np.concatenate(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the data, and what it is a place of, as JSON types. The same on every rank."""
+        data = [{"prefix": str(d.prefix), "tokens": d.num_tokens, "fingerprint": d.fingerprint} for d in self._stream.datasets]
+        return {"version": STATE_VERSION, "samples": self._cursor, "seed": self._seed, "seq_len": self._seq_len, "data": data}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place that `state_dict` returned; ranks and batch sizes may have changed since, and data may have moved.
+
+        Raises UserError, naming what differs, when it is not a place in this data, row length and order.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise UserError(f"loader state has version {state.get('version')!r}; this code reads {STATE_VERSION}")
+        mine = self.state_dict()
+        if not isinstance(state.get("samples"), int) or mine.keys() - state.keys():
+            raise UserError(f"loader state {state} is no place in the data; start from another checkpoint")
+        for key, name in (("seq_len", "train.seq_len"), ("seed", "the data seed")):
+            if state[key] != mine[key]:
+                raise UserError(
+                    f"{name} is {mine[key]} but was {state[key]} when the run was saved; the place in the data would be lost: "
+                    "set it back, or start a new run"
+                )
+        self._check_same_data(state["data"], mine["data"])
+        self._cursor = int(state["samples"])
+
+    def _check_same_data(self, saved: list[dict[str, Any]], mine: list[dict[str, Any]]) -> None:
+        remedy = "give the same data in the same order, or start a new run"
+        if len(saved) != len(mine):
+            raise UserError(f"the run was saved with {len(saved)} datasets, now there are {len(mine)}; {remedy}")
+        for old, new in zip(saved, mine, strict=True):
+            if old["fingerprint"] != new["fingerprint"]:
+                raise UserError(
+                    f"dataset {new['prefix']} ({new['tokens']} tokens) is not the one that the run was saved with, "
+                    f"{old['prefix']} ({old['tokens']} tokens); {remedy}"
+                )
+
+
+class EvalRows:
+    """All rows of some datasets once and in order, for one data-parallel rank: an iterable of MicroBatch.
+
+    Every rank gets the same number of micro-batches, all [B, S], so that ranks can compute together: the last row and the last
+    micro-batches are filled with padding, which is a document of its own without targets. `max_rows` stops earlier.
+    """
+
+    def __init__(
+        self,
+        prefixes: Prefixes,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        max_rows: int | None = None,
+        vocab_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
+        self._stream = TokenStream(prefixes, vocab_size, tokenizer)
+        if self._stream.num_tokens < 2:
+            raise UserError(f"dataset {self._stream.datasets[0].prefix} has fewer than 2 tokens; there is nothing to predict")
+        if max_rows is not None and max_rows < 1:
+            raise UserError(f"max_rows {max_rows} must be at least 1")
+        self._seq_len, self._micro_batch_size = seq_len, micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self.num_rows = min(-(-self._stream.num_tokens // seq_len), max_rows or self._stream.num_tokens)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of labels 0, 1, ... in the batches, over all datasets."""
+        return self._stream.label_names
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches of each rank."""
+        return -(-self.num_rows // (self._micro_batch_size * self._dp_size))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yield micro-batches dp_rank, dp_rank + dp_size, ..."""
+        for i in range(len(self)):
+            first = (i * self._dp_size + self._dp_rank) * self._micro_batch_size
+            rows = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
+            starts = np.where(rows < self.num_rows, rows * self._seq_len, self._stream.num_tokens)
+            yield _make_batch(self._stream, rows, starts, self._seq_len)
+
+
+def _check_sizes(seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    if seq_len < 2:
+        raise UserError(f"train.seq_len {seq_len} must be at least 2, a token and the one to predict from it")
+    if micro_batch_size < 1:
+        raise UserError(f"train.micro_batch_size {micro_batch_size} must be at least 1")
+    if not 0 <= dp_rank < dp_size:
+        raise UserError(f"data-parallel rank {dp_rank} must be in 0 to {dp_size - 1}")
+
+
+def _make_batch(stream: TokenStream, rows: Int64s, starts: Int64s, seq_len: int) -> MicroBatch:
+    """Read the rows (both int64 [B]) that start at these tokens of the stream; beyond its end they are padding."""
+    out = np.empty((5, len(rows), seq_len), dtype=np.int64)
+    for i, start in enumerate(starts.tolist()):
+        stream.fill_row(start, out[:, i])
+    tokens, targets, positions, doc_ids, labels = torch.from_numpy(out)
+    return MicroBatch(tokens, targets, positions, doc_ids, labels, rows=torch.from_numpy(rows))
+
+
+def count_bytes(targets: Tensor, byte_lengths: Tensor) -> Tensor:
+    """Return the bytes of text that the targets stand for, int64 []; bits per byte = nats / ln 2 / this.
+
+    Shapes: targets any, -100 where there is none; byte_lengths int64 [V], from `Tokenizer.byte_lengths`.
+    """
+    return byte_lengths[targets[targets != NO_TARGET]].sum()

@@ -1,0 +1,287 @@
+"""Tokenizers behind one small interface: text to ids and back, without loss, for any text and any bytes.
+
+Every tokenizer says how many bytes of text each id stands for, so that a loss per token becomes bits per byte:
+`nats / ln 2 / byte_lengths[targets].sum()`. Ids that stand for no text (end of document) have length 0.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece as spm
+
+from moe_train.files import write_atomically
+from moe_train.errors import UserError
+
+Ids = npt.NDArray[np.integer]
+
+# Text is handed to the SentencePiece trainer in pieces of about this size: it skips "sentences" above max_sentence_length,
+# and a piece of several lines lets it learn tokens such as ":\n", which lines alone would not.
+CHUNK_CHARACTERS = 2000
+MAX_TRAINING_CHUNKS = 200_000
+
+
+class Tokenizer(ABC):
+    """Text to ids in [0, vocab_size) and back. `decode_bytes(encode(x)) == x` for every str (as UTF-8) and bytes x."""
+
+    name: str
+    suffix: str  # of the file that `save` writes beside a dataset; "" when the name alone says everything
+    vocab_size: int
+    eod: int  # end-of-document id, which `encode` never produces
+
+    @abstractmethod
+    def encode(self, text: str | bytes) -> Ids:
+        """Return the ids of a text, 1-D. Raises UserError for a str with lone surrogates, which is no valid text."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
+        """Return the bytes the ids stand for; special ids stand for none. Raises UserError for ids out of range."""
+
+    @abstractmethod
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        """Return [vocab_size], the bytes of text behind each id: 0 for special ids."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids: equal fingerprints, equal ids."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `load_tokenizer` reads back to an equal tokenizer."""
+
+    def decode(self, ids: Iterable[int] | Ids) -> str:
+        """Return the text of the ids; bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def _checked(self, ids: Iterable[int] | Ids) -> npt.NDArray[np.int64]:
+        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64).reshape(-1)
+        wrong = array[(array < 0) | (array >= self.vocab_size)]
+        if wrong.size:
+            raise UserError(f"token id {wrong[0]} is outside the {self.vocab_size} ids of the {self.name} tokenizer")
+        return array
+
+
+def _utf8(text: str | bytes) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"text has a lone surrogate at character {error.start}; pass bytes or replace it") from None
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per byte, and one more for the end of a document."""
+
+    name = "bytes"
+    suffix = ""
+    vocab_size = 257
+    eod = 256
+
+    def encode(self, text: str | bytes) -> Ids:
+        """Return the bytes of the text as ids, uint16 [bytes]."""
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16)
+
+    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
+        """Return the bytes themselves, without ends of documents."""
+        array = self._checked(ids)
+        return array[array != self.eod].astype(np.uint8).tobytes()
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        """Return 1 for each byte and 0 for the end of a document, [257]."""
+        lengths = np.ones(self.vocab_size, dtype=np.int64)
+        lengths[self.eod] = 0
+        return lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """A constant: there is one byte tokenizer."""
+        return "bytes-257"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file that names this tokenizer."""
+        write_atomically(path, json.dumps({"tokenizer": self.name}).encode() + b"\n")
+
+
+# What SentencePiece cannot carry: it writes a space as U+2581, so a U+2581 of the text would come back as a space, and bytes
+# that are no valid UTF-8 (here as surrogate escapes) have no character at all. Both are spelled with byte pieces.
+_SPELLED = re.compile("(\u2581+|[\udc80-\udcff]+)")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# Text that a model with lossy settings, or a file cut at a lucky place, does not bring back.
+_PROBE = "  two  spaces\n\n\ttab ﬁ ① é \U0001f9ff \u4e2d "
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with byte fallback and no normalisation, so that nothing of a text is lost.
+
+    Raises UserError when the file is missing, damaged, or holds a model that changes text.
+    """
+
+    name = "sentencepiece"
+    suffix = ".model"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"tokenizer file {os.fspath(path)}: {error.strerror}") from None
+        self._load(model, os.fspath(path))
+
+    @classmethod
+    def from_bytes(cls, model: bytes, source: str = "(memory)") -> "SentencePieceTokenizer":
+        """Make a tokenizer of the content of a model file; `source` names it in errors."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._load(model, source)
+        return tokenizer
+
+    def _load(self, model: bytes, source: str) -> None:
+        if not model:
+            raise UserError(f"tokenizer file {source} is empty")
+        try:
+            self._processor = spm.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.get_piece_size()
+            self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        except (RuntimeError, OSError, ValueError, IndexError, UnicodeError) as error:
+            raise UserError(f"tokenizer file {source} is no SentencePiece model, or is damaged ({error})") from None
+        self._model = model
+        self.eod = self._processor.eos_id()
+        if self.eod < 0:
+            raise UserError(f"tokenizer file {source} has no end-of-sentence piece to end documents; train with eos_id >= 0")
+        self._byte_ids = self._find_byte_ids(source)
+        if self.decode(self.encode(_PROBE)) != _PROBE or self._processor.encode(""):
+            raise UserError(
+                f"tokenizer file {source} changes text, or is damaged; train it with normalization_rule_name=identity, "
+                "add_dummy_prefix=false, remove_extra_whitespaces=false"
+            )
+
+    def _piece_bytes(self, i: int) -> bytes:
+        p = self._processor
+        if p.is_byte(i):
+            match = _BYTE_PIECE.fullmatch(p.id_to_piece(i))
+            if match is None:
+                raise ValueError(f"piece {i} is marked as a byte but named {p.id_to_piece(i)!r}")
+            return bytes([int(match[1], 16)])
+        if p.is_control(i) or p.is_unknown(i) or p.is_unused(i):
+            return b""
+        return str(p.id_to_piece(i)).replace("\u2581", " ").encode("utf-8")
+
+    def _find_byte_ids(self, source: str) -> npt.NDArray[np.int32]:
+        ids = {piece: i for i, piece in enumerate(self._pieces) if self._processor.is_byte(i)}
+        if len(ids) != 256:
+            raise UserError(f"tokenizer file {source} has {len(ids)} of 256 byte pieces; train it with byte_fallback=true")
+        return np.array([ids[bytes([b])] for b in range(256)], dtype=np.int32)
+
+    def encode(self, text: str | bytes) -> Ids:
+        """Return the ids of a text, int32 [tokens]."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", errors="surrogateescape")
+        else:
+            _utf8(text)
+        if text.isascii() or not _SPELLED.search(text):
+            return np.array(self._processor.encode(text), dtype=np.int32)
+        parts = [self._encode_part(part, spell=i % 2 == 1) for i, part in enumerate(_SPELLED.split(text))]
+        return np.concatenate(parts)
+
+    def _encode_part(self, part: str, spell: bool) -> npt.NDArray[np.int32]:
+        if spell:
+            raw = part.encode("utf-8", errors="surrogateescape")
+            return self._byte_ids[np.frombuffer(raw, dtype=np.uint8)]
+        return np.array(self._processor.encode(part), dtype=np.int32)
+
+    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
+        """Return the pieces' bytes, one after the other."""
+        return b"".join([self._pieces[i] for i in self._checked(ids).tolist()])
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the length of each piece in UTF-8, [vocab_size]."""
+        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the model file."""
+        return "sha256-" + hashlib.sha256(self._model).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model file as it was read."""
+        write_atomically(path, self._model)
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
+    """Return the tokenizer named `bytes`, or the one in a file: a SentencePiece model, or what `Tokenizer.save` wrote.
+
+    Raises UserError when the file is missing, damaged or unknown.
+    """
+    if source == ByteTokenizer.name:
+        return ByteTokenizer()
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"tokenizer {os.fspath(source)}: neither 'bytes' nor a file that exists (make corpus makes the quickstart's)")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"{"):
+        if start.strip() == json.dumps({"tokenizer": ByteTokenizer.name}).encode():
+            return ByteTokenizer()
+        raise UserError(f"tokenizer file {path} is JSON but names no known tokenizer (known: bytes)")
+    return SentencePieceTokenizer(path)
+
+
+def train_sentencepiece(
+    texts: Iterable[str | bytes], output: str | os.PathLike[str] | None, vocab_size: int, seed: int = 0
+) -> SentencePieceTokenizer:
+    """Train a lossless byte-pair model on texts, write it to `output` if given, and return it; equal input gives an equal model.
+
+    Beyond MAX_TRAINING_CHUNKS pieces of CHUNK_CHARACTERS (400 MB of text) a sample drawn with `seed` is used. Raises UserError
+    when the texts cannot fill `vocab_size` pieces, or need more.
+    """
+    model = io.BytesIO()
+    spm.set_random_generator_seed(seed)
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=_chunks(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9995,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            input_sentence_size=MAX_TRAINING_CHUNKS,
+            shuffle_input_sentence=True,
+            max_sentence_length=4 * CHUNK_CHARACTERS,
+            num_threads=1,  # the number is stored in the model, and so would change its hash
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        if "sentences_.empty()" in str(error):
+            raise UserError("SentencePiece has no text to train on") from None
+        reason = re.sub(r".*\]\s*", "", str(error).strip(), flags=re.DOTALL)
+        raise UserError(f"SentencePiece cannot train {vocab_size} pieces on this text: {reason or error}") from None
+    tokenizer = SentencePieceTokenizer.from_bytes(model.getvalue())
+    if output is not None:
+        tokenizer.save(output)
+    return tokenizer
+
+
+def _chunks(texts: Iterable[str | bytes]) -> Iterator[str]:
+    for text in texts:
+        rest = _utf8(text).decode("utf-8", errors="replace")
+        start = 0
+        while start < len(rest):
+            end = rest.rfind("\n", start, start + CHUNK_CHARACTERS) + 1 or start + CHUNK_CHARACTERS
+            yield rest[start:end]
+            start = end

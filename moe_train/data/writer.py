@@ -1,0 +1,160 @@
+"""Writing datasets that `indexed.py` and Megatron-LM read."""
+
+import contextlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from moe_train.files import fsync_folder, temporary_beside
+from moe_train.data.indexed import DTYPES, HEADER, MAGIC, UINT16_VOCABULARY, VERSION, beside
+from moe_train.data.sidecar import UNKNOWN_LABEL, Sidecar, is_sidecar
+from moe_train.data.tokenizer import Ids, Tokenizer
+from moe_train.errors import UserError
+
+MAX_DOCUMENT = 2**31 - 1  # the format has int32 lengths
+MAX_LABELS = 65536
+_CHUNK = 1 << 20  # index entries that are written at a time
+
+
+class DatasetWriter:
+    """Writes documents one by one to PREFIX.bin, .idx, .labels, .json and the tokenizer's file.
+
+    A context manager: everything is written under temporary names and takes its final names when the block ends without an
+    exception, PREFIX.idx last; otherwise nothing is left. Memory: 4 bytes per document. Equal documents give equal files.
+
+    Raises UserError when PREFIX's files exist and are not a dataset of ours, which may be replaced.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        *,
+        label_names: Sequence[str] = (),
+        source: str | None = None,
+    ) -> None:
+        """Prepare to write. `label_names` fixes the numbers of labels; others are added as they appear."""
+        self.prefix = beside(prefix, "")
+        self.tokenizer = tokenizer
+        self.num_documents = self.num_tokens = self.num_bytes = 0
+        self._source = source
+        self._labels = {name: i for i, name in enumerate(dict.fromkeys((UNKNOWN_LABEL, *label_names)))}
+        self._code = next(c for c, dtype in DTYPES.items() if dtype == _dtype_for(tokenizer.vocab_size))
+        self._sizes = array("i")
+        self._byte_lengths = tokenizer.byte_lengths()
+        self._refuse_foreign_files()
+
+    def _suffixes(self) -> list[str]:
+        """Return the suffixes of all files, PREFIX.idx last: a dataset is there when its index is."""
+        return [s for s in (self.tokenizer.suffix, ".bin", ".labels", ".json", ".idx") if s]
+
+    def _refuse_foreign_files(self) -> None:
+        if is_sidecar(beside(self.prefix, ".json")):
+            return
+        for suffix in self._suffixes():
+            if (path := beside(self.prefix, suffix)).exists():
+                raise UserError(f"{path} exists and belongs to no dataset of ours; remove it or choose another output")
+
+    def __enter__(self) -> Self:
+        """Create the temporary files."""
+        with contextlib.ExitStack() as stack:
+            self._temporary = {}
+            for suffix in self._suffixes():
+                self._temporary[suffix] = temporary_beside(beside(self.prefix, suffix))
+                stack.callback(self._temporary[suffix].unlink, missing_ok=True)
+            self._bin = stack.enter_context(self._temporary[".bin"].open("wb"))
+            self._label_file = stack.enter_context(self._temporary[".labels"].open("wb"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Give the files their final names, or remove them after an exception."""
+        with self._stack:
+            if kind is None:
+                self._finish()
+
+    def add_text(self, text: str | bytes, label: str = UNKNOWN_LABEL) -> None:
+        """Add a text as one document: its ids and an end of document."""
+        self.add(np.append(self.tokenizer.encode(text), self.tokenizer.eod), label)
+
+    def add(self, ids: Ids, label: str = UNKNOWN_LABEL) -> None:
+        """Add one document of ids, [length] with length >= 1. Raises UserError when an id or the length is out of range."""
+        if len(ids) == 0 or len(ids) > MAX_DOCUMENT:
+            raise UserError(f"document {self.num_documents} has {len(ids)} tokens, outside 1 to {MAX_DOCUMENT}; split it")
+        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
+            raise UserError(f"document {self.num_documents} has ids outside the {self.tokenizer.vocab_size} of its tokenizer")
+        number = self._labels.setdefault(label, len(self._labels))
+        if number >= MAX_LABELS:
+            raise UserError(f"more than {MAX_LABELS} different labels (now {label!r}); choose a field with fewer values")
+        self._bin.write(ids.astype(DTYPES[self._code]).tobytes())
+        self._label_file.write(number.to_bytes(4, "little"))
+        self._sizes.append(len(ids))
+        self.num_documents += 1
+        self.num_tokens += len(ids)
+        self.num_bytes += int(self._byte_lengths[ids].sum())
+
+    def _finish(self) -> None:
+        if not self._sizes:
+            raise UserError(f"nothing to write to {self.prefix}: there is no document with text")
+        for file in (self._bin, self._label_file):
+            _sync(file)
+        with self._temporary[".idx"].open("wb") as file:
+            self._write_index(file)
+            _sync(file)
+        with self._temporary[".json"].open("wb") as file:
+            file.write(self._sidecar().to_json())
+            _sync(file)
+        if self.tokenizer.suffix:
+            self.tokenizer.save(self._temporary[self.tokenizer.suffix])
+        # Without an index there is no dataset: a kill between the renames cannot leave a mixture of an old and a new one.
+        beside(self.prefix, ".idx").unlink(missing_ok=True)
+        for suffix in self._suffixes():
+            self._temporary[suffix].replace(beside(self.prefix, suffix))
+        fsync_folder(self.prefix.parent)
+
+    def _sidecar(self) -> Sidecar:
+        suffix = self.tokenizer.suffix
+        return Sidecar(
+            tokenizer=self.tokenizer.name,
+            tokenizer_file=beside(self.prefix, suffix).name if suffix else None,
+            fingerprint=self.tokenizer.fingerprint,
+            vocab_size=self.tokenizer.vocab_size,
+            eod=self.tokenizer.eod,
+            label_names=tuple(self._labels),
+            num_documents=self.num_documents,
+            num_tokens=self.num_tokens,
+            num_bytes=self.num_bytes,
+            source=self._source,
+        )
+
+    def _write_index(self, file: BinaryIO) -> None:
+        n = len(self._sizes)
+        width = DTYPES[self._code].itemsize
+        file.write(HEADER.pack(MAGIC, VERSION, self._code, n, n + 1))
+        for sizes in self._size_chunks():
+            file.write(sizes.astype("<i4").tobytes())
+        end = 0
+        for sizes in self._size_chunks():
+            ends = end + np.cumsum(sizes, dtype=np.int64) * width
+            file.write((ends - sizes.astype(np.int64) * width).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for start in range(0, n + 1, _CHUNK):
+            file.write(np.arange(start, min(start + _CHUNK, n + 1), dtype="<i8").tobytes())
+
+    def _size_chunks(self) -> Iterator[Ids]:
+        sizes = np.frombuffer(self._sizes, dtype=np.intc)
+        for start in range(0, len(sizes), _CHUNK):
+            yield sizes[start : start + _CHUNK]
+
+
+def _dtype_for(vocab_size: int) -> str:
+    return "<u2" if vocab_size < UINT16_VOCABULARY else "<i4"
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
