@@ -50,11 +50,22 @@ test: lint types $(VENV)/.installed-dev ## lint, types and the fast tests
 test-slow: $(VENV)/.installed-dev ## tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
-test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device
+# Small shapes under the sanitizers: they slow a kernel down a hundredfold.
+SANITIZED := -m gpu tests/kernels -k sanitizer -p no:cacheprovider
+test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device, then memcheck and racecheck where compute-sanitizer is installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	@for tool in memcheck racecheck; do \
+	  if command -v compute-sanitizer > /dev/null; then \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED) || exit 1; \
+	  else echo "compute-sanitizer is not installed: $$tool was not run"; fi; done
 
-bench-gpu: $(VENV)/.installed-dev ## kernel benchmarks on a CUDA device; rows go to kernels/benchmarks/data
-	$(BIN)/python kernels/benchmarks/run.py $(ARGS)
+BENCH_DATA ?= kernels/benchmarks/data
+bench-gpu: $(VENV)/.installed-dev ## kernels beside their rivals, then end to end, on a CUDA device; rows go to kernels/benchmarks/data
+	$(BIN)/python kernels/benchmarks/run.py --output $(BENCH_DATA)/kernels.jsonl $(ARGS)
+	for router in recurrent topk; do \
+	  $(BIN)/torchrun --standalone --nproc-per-node=1 launch/benchmark.py configs/rmoe_1b_8xa100.yaml data.tokenizer=bytes \
+	    model.router.name=$$router model.router.top_k=4 train.micro_batch_size=8 train.global_batch_size=16 \
+	    --output $(BENCH_DATA)/training.jsonl || exit 1; done
 
 aot: $(VENV)/.installed-dev ## compile every Triton kernel for every architecture; prints registers, shared memory, instructions
 	$(BIN)/python -m moe_kernels.aot $(ARGS)

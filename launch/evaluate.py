@@ -20,7 +20,6 @@ def run(words: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     given = parser.parse_args(words)
 
-    from moe_train import routers  # noqa: F401  (registers every router)
     from moe_train.evaluate import evaluate_on, restore
 
     restored = restore(given.model, given.overrides)

@@ -20,7 +20,6 @@ def run(words: list[str]) -> None:
     if given.max_tokens < 0 or given.temperature < 0:
         parser.error("--max-tokens and --temperature must not be negative")
 
-    from moe_train import routers  # noqa: F401  (registers every router)
     from moe_train.evaluate import restore
     from moe_train.generate import generate
 

@@ -8,7 +8,6 @@ from moe_train.cli import config_from_words, main
 
 def run(words: list[str]) -> None:
     """Read the run that `words` describe and train it."""
-    from moe_train import routers  # noqa: F401  (registers every router)
     from moe_train.train import train
 
     config = config_from_words(words, "launch/pretrain.py", __doc__)

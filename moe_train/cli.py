@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from moe_train import config as tree
-from moe_train.config import Config, RouterConfig
+from moe_train import routers
+from moe_train.config import Config
 from moe_train.errors import UserError
 
 Mapping = dict[str, Any]
@@ -157,7 +158,7 @@ def _without(content: Mapping, paths: list[str]) -> Config | None:
 def _path(item: ErrorDetails) -> str:
     """The dotted key of an error; a union adds the chosen router's name after `router`, which is no key."""
     location = [str(part) for part in item["loc"]]
-    if location[:2] == ["model", "router"] and len(location) > 2 and location[2] in RouterConfig.registry:
+    if location[:2] == ["model", "router"] and len(location) > 2 and location[2] in routers.registry():
         del location[2]
     keep = len(location)
     for i, part in enumerate(location):  # branches of a union of types (int, literal['auto']) are no keys either
@@ -171,7 +172,7 @@ def _describe(item: ErrorDetails, path: str, content: Mapping) -> str:
     if item["type"] == "extra_forbidden":
         return f"{path}: unknown key{_nearest(path, content)}"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        names = sorted(RouterConfig.registry)
+        names = sorted(routers.registry())
         name = value.get("name") if isinstance(value, dict) else value
         close = difflib.get_close_matches(str(name), names, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -185,7 +186,7 @@ def _nearest(path: str, content: Mapping) -> str:
     known = {key: doc for key, _, _, doc in describe_keys()}
     if parents == ["model", "router"]:
         name = content.get("model", {}).get("router", {}).get("name")
-        siblings = list(RouterConfig.registry[name].model_fields) if name in RouterConfig.registry else []
+        siblings = list(routers.registry()[name].model_fields) if name in routers.registry() else []
     else:
         prefix = "".join(p + "." for p in parents)
         siblings = sorted({key[len(prefix) :].split(".")[0] for key in known if key.startswith(prefix)})
@@ -211,7 +212,7 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     rows = []
     for name, section in Config.model_fields.items():
         rows += _describe_section(name, section.annotation)
-    for name, router in sorted(RouterConfig.registry.items()):
+    for name, router in sorted(routers.registry().items()):
         rows += [
             (f"model.router.{k}", t, d, f"[{name}] {doc}") for k, t, d, doc in _describe_section("", router) if k != "name"
         ]
@@ -223,7 +224,7 @@ def _describe_section(prefix: str, section: Any) -> list[tuple[str, str, str, st
     for key, field in section.model_fields.items():
         path = f"{prefix}.{key}" if prefix else key
         if path == "model.router":
-            rows.append(("model.router.name", " | ".join(sorted(RouterConfig.registry)), "recurrent", "which router"))
+            rows.append(("model.router.name", " | ".join(sorted(routers.registry())), "recurrent", "which router"))
             continue
         default = "required" if field.default is PydanticUndefined else json.dumps(field.default)
         rows.append((path, _type_name(field.annotation), default, " ".join((field.description or "").split())))

@@ -1,11 +1,12 @@
 """The trainer: what happens from a config to a run folder.
 
-A run folder holds `config.yaml` (resolved), `tokenizer`, `metrics.jsonl`, `checkpoints/step-00000100/`, `tensorboard/`, plots and
-`sample.txt`. Starting again with the same `run.dir` goes on from the newest checkpoint.
+A run folder holds `config.yaml` (resolved), `tokenizer`, `metrics.jsonl`, `checkpoints/step-00000100/`, `tensorboard/`, plots,
+`sample.txt`, and the traceback of a rank that failed. Starting again with the same `run.dir` goes on from the newest checkpoint.
 """
 
 import contextlib
 import time
+import traceback
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,28 +35,28 @@ VOCAB_MULTIPLE = 64
 def train(config: Config, name: str = "run") -> Path:
     """Train `config` to its last step and return the run folder. `name` is used where the config names no folder."""
     world = start_world(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = settle(config, tokenizer, world, name)
+    config, tokenizer = settle_vocabulary(config)
+    config = settle(config, world, name)
     folder = Path(str(config.run.dir))
     if world.main:
         _prepare_folder(folder, config, tokenizer)
     dist.barrier()
-    trainer = Trainer(config, world, tokenizer, folder)
-    trainer.resume()
-    trainer.run()
+    try:
+        trainer = Trainer(config, world, tokenizer, folder)
+        trainer.resume()
+        trainer.run()
+    except UserError:
+        raise
+    except Exception:
+        (folder / f"error-rank{world.rank}.log").write_text(traceback.format_exc(), encoding="utf-8")
+        raise
     return folder
 
 
-def settle(config: Config, tokenizer: Tokenizer, world: World, name: str) -> Config:
-    """Fill in what depends on the machine: run folder, vocabulary and default corpus. The same on every rank."""
+def settle(config: Config, world: World, name: str) -> Config:
+    """Fill in what depends on the machine: run folder and default corpus. The same on every rank."""
     folder = [config.run.dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(folder)
-    vocab = config.model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if vocab < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size={vocab}: smaller than the {tokenizer.vocab_size} ids of tokenizer {config.data.tokenizer}; "
-            "raise it, or leave it out"
-        )
     data = config.data
     if None in (data.train, data.valid, data.test):
         if world.main:
@@ -67,9 +68,36 @@ def settle(config: Config, tokenizer: Tokenizer, world: World, name: str) -> Con
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": folder[0]}),
-            "model": config.model.model_copy(update={"vocab_size": vocab}),
             "data": data,
         }
+    )
+
+
+def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
+    """The config with `model.vocab_size` set, and the tokenizer. A size that is given may be larger than the tokenizer's."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    vocab = config.model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if vocab < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab}: smaller than the {tokenizer.vocab_size} ids of tokenizer {config.data.tokenizer}; "
+            "raise it, or leave it out"
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab})}), tokenizer
+
+
+def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
+    """This rank's training batches."""
+    assert config.data.train is not None  # settle() fills it in
+    return Loader(
+        config.data.train,
+        seq_len=config.train.seq_len,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        dp_rank=world.rank,
+        dp_size=world.size,
+        vocab_size=config.model.vocab_size,
+        tokenizer=tokenizer,
     )
 
 
@@ -94,18 +122,7 @@ class Trainer:
         self.config, self.world, self.tokenizer, self.folder = config, world, tokenizer, folder
         self.engine = NativeEngine(config, world)
         self.lengths = byte_lengths(tokenizer)
-        assert config.data.train is not None  # settle() fills it in
-        self.loader = Loader(
-            config.data.train,
-            seq_len=config.train.seq_len,
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            seed=config.run.seed,
-            dp_rank=world.rank,
-            dp_size=world.size,
-            vocab_size=config.model.vocab_size,
-            tokenizer=tokenizer,
-        )
+        self.loader = data_loader(config, world, tokenizer)
         self.start = 0
         self.log: RunLog | None = None
 

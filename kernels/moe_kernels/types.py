@@ -24,10 +24,12 @@ class Plan(NamedTuple):
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.offsets.shape[0] - 1
 
     @property
     def top_k(self) -> int:
+        """K."""
         return self.slot_row.shape[1]
 
 
@@ -43,5 +45,10 @@ class TopK(NamedTuple):
 class Reduce(Protocol):
     """How a vocabulary-parallel loss combines its shards; the caller owns the process group."""
 
-    def max(self, x: Tensor) -> Tensor: ...
-    def sum(self, x: Tensor) -> Tensor: ...
+    def max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over the shards."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over the shards."""
+        ...

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
 
-from moe_train.files import write_atomically
 from moe_train.errors import UserError
+from moe_train.files import write_atomically
 
 Ids = npt.NDArray[np.integer]
 
@@ -224,7 +224,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         return ByteTokenizer()
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"tokenizer {os.fspath(source)}: neither 'bytes' nor a file that exists (make corpus makes the quickstart's)")
+        raise UserError(
+            f"tokenizer {os.fspath(source)}: neither 'bytes' nor a file that exists (make corpus makes the quickstart's)"
+        )
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"{"):

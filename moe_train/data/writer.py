@@ -9,11 +9,11 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from moe_train.files import fsync_folder, temporary_beside
 from moe_train.data.indexed import DTYPES, HEADER, MAGIC, UINT16_VOCABULARY, VERSION, beside
 from moe_train.data.sidecar import UNKNOWN_LABEL, Sidecar, is_sidecar
 from moe_train.data.tokenizer import Ids, Tokenizer
 from moe_train.errors import UserError
+from moe_train.files import fsync_folder, temporary_beside
 
 MAX_DOCUMENT = 2**31 - 1  # the format has int32 lengths
 MAX_LABELS = 65536

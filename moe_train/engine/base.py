@@ -1,6 +1,6 @@
 """What an engine does: one optimizer step from micro-batches, evaluation, and its state."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,8 +32,8 @@ class Sums:
 class Engine(Protocol):
     """The contract between the trainer and whatever runs the model."""
 
-    def forward_backward(self, batch: StepBatch) -> StepResult:
-        """Gradients of one step from this rank's micro-batches."""
+    def forward_backward(self, batch: StepBatch, mark: Callable[[str], None] = ...) -> StepResult:
+        """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass."""
         ...
 
     def step(self) -> float:

@@ -5,7 +5,7 @@ the figures reported are sums over ranks too, so that no layout changes them.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ class NativeEngine:
         self.steps_done = 0
         self._stats: Stats = {}
 
-    def forward_backward(self, batch: StepBatch) -> StepResult:
-        """Gradients of one step from this rank's micro-batches."""
+    def forward_backward(self, batch: StepBatch, mark: Callable[[str], None] = lambda part: None) -> StepResult:
+        """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, LayerStats] = {}
@@ -65,7 +65,9 @@ class NativeEngine:
             sync_gradients(self.model, i == len(batch.microbatches) - 1, self.config.parallel)
             info = batch_info(micro, self.config, self.world, batch)
             output = self.model(info, micro.targets.to(self.world.device))
+            mark("forward")
             output.loss.backward()
+            mark("backward")
             loss = loss + output.loss.detach()
             cross_entropy = cross_entropy + output.token_loss.sum(dtype=torch.float64) / batch.target_count
             _add(totals, output.stats)

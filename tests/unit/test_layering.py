@@ -12,7 +12,7 @@ MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part 
     "errors": set(),
     "files": set(),
     "config": set(),
-    "cli": {"config"},
+    "cli": {"config", "routers"},
     "model": {"config"},
     "routers": {"model", "config"},
     "parallel": {"model", "config"},

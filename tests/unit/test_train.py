@@ -104,6 +104,16 @@ def test_a_signal_saves_and_ends_the_run(number: int, run: Path, words: list[str
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
 
+def test_gradients_that_are_not_finite_end_the_run(run: Path, words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "burst"
+    done = tool("pretrain", *words, f"run.dir={folder}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=null")
+    assert done.returncode == 1
+    log = (folder / "error-rank0.log").read_text()
+    assert "the gradient norm is nan" in log
+    assert "layers.0" in log
+    assert "FloatingPointError" in done.stderr
+
+
 def test_sampling_is_repeatable(run: Path) -> None:
     one, two = (tool("generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "3") for _ in range(2))
     assert one.returncode == 0, one.stderr

@@ -1,0 +1,151 @@
+"""How fast a run trains on this machine: tokens per second with their spread, where the time goes, peak memory and MFU."""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_train.config import Config
+from moe_train.data.loader import Loader, MicroBatch, StepBatch
+from moe_train.engine.native import NativeEngine
+from moe_train.flops import count_flops, matmul_rate
+from moe_train.parallel.mesh import World
+
+
+class RandomRows:
+    """Batches of random tokens for a run without data: whole rows of one document, Zipf-distributed as words are."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        assert config.model.vocab_size is not None
+        self.config, self.world = config, world
+        self.weights = 1.0 / torch.arange(1.0, config.model.vocab_size + 1)
+        self.generator = torch.Generator().manual_seed(world.rank)
+
+    def next_step(self) -> StepBatch:
+        """This rank's micro-batches of a step."""
+        train = self.config.train
+        count = train.global_batch_size // (train.micro_batch_size * self.world.size)
+        tokens = train.global_batch_size * train.seq_len
+        return StepBatch([self._micro() for _ in range(count)], tokens, tokens)
+
+    def _micro(self) -> MicroBatch:
+        train = self.config.train
+        shape = (train.micro_batch_size, train.seq_len)
+        drawn = torch.multinomial(self.weights, shape[0] * (shape[1] + 1), replacement=True, generator=self.generator)
+        drawn = drawn.view(shape[0], shape[1] + 1)
+        zeros = torch.zeros(shape, dtype=torch.long)
+        positions = torch.arange(shape[1]).expand(shape)
+        return MicroBatch(drawn[:, :-1], drawn[:, 1:], positions, zeros, zeros, torch.arange(shape[0]))
+
+
+class Split:
+    """Seconds by part of a step. The device is waited for at each mark, so that a part holds its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.last = device, defaultdict[str, float](float), 0.0
+
+    def mark(self, part: str) -> None:
+        """What ran since the last mark was `part`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
+def measure(config: Config, world: World, loader: Loader | RandomRows, steps: int, warmup: int) -> dict[str, Any]:
+    """Time `steps` optimizer steps after `warmup` ones; the same figures on every rank but for its own memory."""
+    engine = NativeEngine(config, world)
+    split = Split(world.device)
+    rates: list[float] = []
+    for step in range(warmup + steps):
+        if step == warmup:
+            split.seconds.clear()
+            if world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(world.device)
+        start = split.last = time.perf_counter()
+        batch = loader.next_step()
+        split.mark("data")
+        engine.forward_backward(batch, split.mark)
+        engine.step()
+        split.mark("optimizer")
+        if step >= warmup:
+            rates.append(batch.token_count / (split.last - start))
+    return _row(config, world, rates, split, steps)
+
+
+def _row(config: Config, world: World, rates: list[float], split: Split, steps: int) -> dict[str, Any]:
+    flops = count_flops(config.model, config.train.seq_len)
+    rate = matmul_rate(world.device, world.dtype)
+    speed = statistics.median(rates)
+    return {
+        "tokens_per_second": speed,
+        "tokens_per_second_p20": _quantile(rates, 0.2),
+        "tokens_per_second_p80": _quantile(rates, 0.8),
+        "mfu_causal": speed * flops.causal / (rate.flops * world.size),
+        "mfu_full": speed * flops.full / (rate.flops * world.size),
+        "matmul_rate": rate.flops,
+        "matmul_rate_source": rate.source,
+        "seconds_per_step": {part: seconds / steps for part, seconds in split.seconds.items()},
+        "peak_memory_bytes": _peak_memory(world.device),
+        "steps": steps,
+        "ranks": world.size,
+        "router": config.model.router.name,
+        "dtype": str(world.dtype)[6:],
+        **machine(world.device),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, commit and time of a measurement."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def append(row: dict[str, Any], path: Path) -> None:
+    """Add a measurement to a data file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def describe(row: dict[str, Any], say: Callable[[str], None] = print) -> None:
+    """A measurement for people."""
+    low, high = row["tokens_per_second_p20"], row["tokens_per_second_p80"]
+    say(f"{row['tokens_per_second']:.0f} tokens/s (p20 {low:.0f}, p80 {high:.0f}) on {row['ranks']} rank(s) of {row['device']}")
+    say(f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full, against the {row['matmul_rate_source']}")
+    total = sum(row["seconds_per_step"].values())
+    parts = ", ".join(f"{part} {s * 1e3:.1f} ms ({s / total:.0%})" for part, s in row["seconds_per_step"].items())
+    say(f"a step: {parts}; peak memory {row['peak_memory_bytes'] / 1e9:.2f} GB a rank")
+
+
+def _quantile(values: list[float], q: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
