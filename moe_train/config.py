@@ -201,6 +201,9 @@ class TrainSection(Section):
     """auto: CUDA where there is one"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """compute dtype; auto: bf16 on CUDA, fp32 on CPU. Master weights, router and optimizer are fp32 either way"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activations that backward computes again instead of keeping: selective = experts and dense MLPs, full = attention too;
+    routing is always kept"""
     log_every: PositiveInt = 10
     """steps between lines of metrics"""
 

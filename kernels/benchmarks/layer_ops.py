@@ -103,13 +103,13 @@ def recurrent_step(kernels: Backend, inputs: Inputs) -> Outputs:
     """Projector, GRU step, scorer and top-k, as the recurrent router calls them."""
     x = inputs["x"]
     h = kernels.gru_step(F.linear(x, inputs["projector"]), *(inputs[name] for name in ("h", "w_ih", "w_hh", "b_ih", "b_hh")))
-    choice = kernels.topk_scores(F.linear(h.to(x.dtype), inputs["scorer"]), inputs["top_k"])
+    choice = kernels.score_topk(h.to(x.dtype), inputs["scorer"], inputs["top_k"])
     return choice.weights, choice.scores, h
 
 
 def linear_gate(kernels: Backend, inputs: Inputs) -> Outputs:
-    """The usual router: one product and top-k."""
-    choice = kernels.topk_scores(F.linear(inputs["x"], inputs["scorer"]), inputs["top_k"])
+    """The usual router: logits straight from the hidden rows, and top-k."""
+    choice = kernels.score_topk(inputs["x"], inputs["scorer"], inputs["top_k"])
     return choice.weights, choice.scores
 
 

@@ -23,7 +23,7 @@ _OPS = {  # op -> the folder that holds its implementations
     "unpermute": "permutation",
     "grouped_mm": "grouped_mm",
     "moe_mlp": "moe_mlp",
-    "topk_scores": "topk",
+    "score_topk": "topk",
     "gru_step": "gru",
     "rms_norm": "rms_norm",
     "add_rms_norm": "rms_norm",
@@ -42,7 +42,7 @@ class Backend(NamedTuple):
     unpermute: Callable
     grouped_mm: Callable
     moe_mlp: Callable
-    topk_scores: Callable
+    score_topk: Callable
     gru_step: Callable
     rms_norm: Callable
     add_rms_norm: Callable

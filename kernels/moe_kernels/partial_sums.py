@@ -31,6 +31,11 @@ def _sum_partials(partials, out, count, width, ROWS: tl.constexpr, COLUMNS: tl.c
     tl.store(out + c, total.to(out.dtype.element_ty), mask=c < width)
 
 
+def range_rows(tokens: int, ranges: int, tile_rows: int) -> int:
+    """Tokens of one range where there are at most `ranges`: whole tiles, so that a tile never straddles two ranges."""
+    return cdiv(cdiv(tokens, ranges), tile_rows) * tile_rows
+
+
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """partials [R, N] fp32 or int32 -> [N] of `dtype`; zeros where R = 0."""
     count, width = partials.shape

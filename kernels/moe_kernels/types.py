@@ -34,12 +34,13 @@ class Plan(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """What `topk_scores` returns."""
+    """What `score_topk` returns."""
 
-    weights: Tensor  # [T, K] fp32 (fp64 for fp64 logits), differentiable
+    weights: Tensor  # [T, K] fp32 (fp64 for fp64 operands), differentiable
     expert_ids: Tensor  # [T, K] int32, descending score, the lower id first among equals
     scores: Tensor  # [T, E] same dtype as weights: all scores, differentiable (balance losses need them)
     tokens_per_expert: Tensor  # [E] int32
+    logits: Tensor  # [T, E] same dtype as weights, differentiable (z-losses need them)
 
 
 class Reduce(Protocol):

@@ -32,6 +32,7 @@ from moe_train.model.routing import BatchInfo
 from moe_train.optim import clip_gradients, learning_rate, make_optimizer
 from moe_train.parallel.fsdp import shard, sync_gradients
 from moe_train.parallel.mesh import World, make_mesh
+from moe_train.parallel.recompute import apply_recompute
 
 
 def build_model(config: Config, world: World) -> Decoder:
@@ -39,6 +40,7 @@ def build_model(config: Config, world: World) -> Decoder:
     kernels = get_backend(config.kernels.backend, world.device)
     with torch.device("meta"):
         model = Decoder(config.model, kernels)
+    apply_recompute(model, config.train.recompute)
     shard(model, make_mesh(config.parallel, world), config.parallel, world)
     model.to_empty(device=world.device)
     initialise(model, config.run.seed)

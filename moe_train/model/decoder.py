@@ -3,7 +3,8 @@
 Shapes: B rows, S positions, D hidden, R router state, V vocabulary.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,19 @@ class Output(NamedTuple):
     stats: dict[str, LayerStats]  # by layer name
 
 
+def run_directly(part: Callable[..., Any], *args: Any) -> Any:
+    """How a block runs its parts where nothing is recomputed."""
+    return part(*args)
+
+
 class Block(nn.Module):
-    """Attention, then experts (or a dense MLP), each on normed rows and added to the residual stream."""
+    """Attention, then experts (or a dense MLP), each on normed rows and added to the residual stream.
+
+    `run_attention` and `run_mlp` call the two costly parts; recomputation replaces them from outside. The router is in neither.
+    """
+
+    run_attention: Callable[..., Any]
+    run_mlp: Callable[..., Any]
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Backend) -> None:
         super().__init__()
@@ -40,20 +52,26 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.dense_size, config.init_std, kernels)
         else:
             self.mlp = MoE(config, layer, kernels)
+        self.run_attention = self.run_mlp = run_directly
 
     def forward(self, carry: Carry, batch: BatchInfo, rotary: Rotary, shared: nn.Module | None) -> tuple[Carry, LayerStats]:
         """One layer: a new carry and the layer's statistics."""
-        attended = self.attention(self.attention_norm(carry.hidden), batch, rotary)
-        hidden, normed = self.mlp_norm.after_add(carry.hidden, attended)
+        hidden, normed = self.run_attention(self._attend, carry.hidden, batch, rotary)
         if isinstance(self.mlp, SwiGLU):
-            return carry._replace(hidden=hidden + self.mlp(normed)), {}
-        out, routing = self.mlp(normed, carry.state, batch, shared)
+            return carry._replace(hidden=hidden + self.run_mlp(self.mlp, normed)), {}
+        routing = self.mlp.router(normed, carry.state, batch, shared)
+        out = self.run_mlp(self.mlp.mix, normed, routing.expert_ids, routing.weights)
         weights = self.mlp.router.config.loss_weights()
         loss = carry.loss
         for name, value in routing.losses.items():
             loss = loss + (weights[name] / batch.token_count) * value
         losses = {f"{name}_loss": value.detach() for name, value in routing.losses.items()}
         return Carry(hidden + out, routing.state, loss), routing.stats | losses
+
+    def _attend(self, hidden: Tensor, batch: BatchInfo, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm."""
+        attended = self.attention(self.attention_norm(hidden), batch, rotary)
+        return self.mlp_norm.after_add(hidden, attended)
 
 
 class Decoder(nn.Module):

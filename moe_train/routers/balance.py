@@ -37,10 +37,9 @@ def balance_loss(choice: TopK, batch: BatchInfo, scope: BalanceScope, previous: 
     return num_experts * (fractions * probs.sum(1)).sum()
 
 
-def z_loss(logits: Tensor) -> Tensor:
+def z_loss(choice: TopK) -> Tensor:
     """Sum over tokens of logsumexp(logits)^2, [] (ST-MoE, arXiv 2202.08906, equation 5, as a sum)."""
-    lifted = logits if logits.dtype == torch.float64 else logits.float()
-    return lifted.logsumexp(-1).square().sum()
+    return choice.logits.logsumexp(-1).square().sum()
 
 
 @torch.no_grad()

@@ -111,4 +111,4 @@ class RecurrentRouter(TokenChoice):
         before = {"full": state, "none": torch.zeros_like(state), "detached": state.detach()}[self.config.passing]
         after = shared(z.flatten(0, 1), before.flatten(0, 1)).view_as(state)
         hidden = after[..., : self.config.router_size]
-        return self.choose(F.linear(hidden.to(x.dtype), self.scorer.to(x.dtype)), after, batch)
+        return self.choose(hidden.to(x.dtype), self.scorer, after, batch)

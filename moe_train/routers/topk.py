@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe_kernels import Backend, TopK
 from moe_train.config import Conflict, ModelConfig, RouterConfig
@@ -59,7 +58,7 @@ class TopKConfig(TokenChoiceConfig):
 
 
 class TokenChoice(Router):
-    """What token-choice routers share: from logits to a Routing. `fractions` holds the previous step's loads for `global_batch`."""
+    """What token-choice routers share: from what they score to a Routing. `fractions`: the previous step's loads (`global_batch`)."""
 
     config: TokenChoiceConfig
     fractions: Tensor
@@ -69,16 +68,16 @@ class TokenChoice(Router):
         self.register_buffer("fractions", torch.empty(model.num_experts))
         self.initial: dict[str, Initial] = {"fractions": Constant(1.0 / model.num_experts)}
 
-    def choose(self, logits: Tensor, state: Tensor, batch: BatchInfo) -> Routing:
-        """Route by `logits` [B, S_local, E]; `state` goes on to the next layer as it is."""
+    def choose(self, hidden: Tensor, weight: Tensor, state: Tensor, batch: BatchInfo) -> Routing:
+        """Route by the logits `hidden` [B, S_local, P] times `weight` [E, P]; `state` goes on to the next layer as it is."""
         config = self.config
-        flat = logits.flatten(0, 1)
-        choice: TopK = self.kernels.topk_scores(flat, config.top_k, config.scores, config.renormalize)
+        arguments = (config.top_k, config.scores, config.renormalize)
+        choice: TopK = self.kernels.score_topk(hidden.flatten(0, 1), weight, *arguments)
         losses = {}
         if config.balance_weight:
             losses["balance"] = balance_loss(choice, batch, config.balance_scope, self.fractions)
         if config.z_weight:
-            losses["z"] = z_loss(flat)
+            losses["z"] = z_loss(choice)
         return Routing(choice.weights, choice.expert_ids, state, losses, routing_stats(choice))
 
     @torch.no_grad()
@@ -99,4 +98,4 @@ class TopKRouter(TokenChoice):
 
     def forward(self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: object = None) -> Routing:
         """x [B, S_local, D] -> Routing; `state` passes through."""
-        return self.choose(F.linear(x, self.weight.to(x.dtype)), state, batch)
+        return self.choose(x, self.weight, state, batch)

@@ -82,6 +82,15 @@ def test_sharding_does_not_change_losses(sharding: str, contents: list[dict], on
         assert found[1] == pytest.approx(one_rank[4], rel=1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_does_not_change_losses(recompute: str, contents: list[dict], one_rank: list[list[float]]) -> None:
+    """With parameters gathered again for the second forward."""
+    content = contents[4]
+    content = {**content, "parallel": {"sharding": "parameters"}, "train": {**content["train"], "recompute": recompute}}
+    for found in run_ranks(2, all_losses, [content]):
+        assert found[0] == pytest.approx(one_rank[4], rel=1e-5)
+
+
 def test_training_lowers_the_loss(one_rank: list[list[float]]) -> None:
     for found in one_rank:
         assert found[-1] < 0.6 * found[0]

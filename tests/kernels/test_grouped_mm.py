@@ -1,5 +1,7 @@
 """grouped_mm of every backend against the naive twin."""
 
+import itertools
+
 import pytest
 import torch
 from moe_cases import assert_close, dtypes, gradients, route
@@ -67,6 +69,32 @@ def test_rows_of_no_expert_stay_unwritten(product, device):
     out = with_triton.rows_product(product, rows, w, plan.offsets, transposed=product == "down")
     assert torch.isfinite(out[:live]).all()
     assert torch.isnan(out[live:]).all()
+
+
+@pytest.mark.parametrize("variant", ["pointer", "tma"])
+@pytest.mark.parametrize("gather", [False, True])
+def test_the_last_rows_of_each_expert_in_the_weight_gradient(variant, gather, device):
+    """Row counts around the block of 16, with an expert's last rows beside another's, and beside memory that nothing wrote."""
+    if variant == "tma" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("TMA needs sm_90")
+    counts = [15, 16, 17, 0, 1, 31]
+    ids = torch.tensor([expert for expert, count in enumerate(counts) for _ in range(count)] + [-1] * 20, dtype=torch.int32)
+    ids = ids[torch.randperm(ids.shape[0], generator=torch.Generator().manual_seed(0))][:, None].contiguous()
+    plan = permutation.sort_by_expert(ids, len(counts))
+    live = sum(counts)
+    a, b = torch.randn(100, 24, dtype=torch.float16), torch.randn(100, 40, dtype=torch.float16)
+    a[live:] = float("nan")
+    if not gather:
+        b[live:] = float("nan")
+    slots = plan.row_slot[:live].long()
+    rows = b[slots] if gather else b[:live]
+    expected = torch.zeros(len(counts), 24, 40, dtype=torch.float64)
+    for expert, (start, end) in enumerate(itertools.pairwise(plan.offsets.tolist())):
+        expected[expert] = a[start:end].double().T @ rows[start:end].double()
+    with configs.override({"dw1": Config(32, 64, 16, 4, 2, variant)}):
+        index = plan.offsets.to(device), plan.row_slot.to(device)
+        actual = with_triton.rows_outer("dw1", a.to(device), b.to(device), *index, gather_b=int(gather))
+    assert_close(actual, expected, torch.float16)
 
 
 def test_a_tile_map_of_another_height_is_not_used(device):

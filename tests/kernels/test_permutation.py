@@ -115,7 +115,11 @@ def test_a_permuted_layer_compiles_with_changing_token_counts(backend, device):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (12, 20, 31):
         ids = route(tokens, 4, 2, "holes").to(device)
-        leaves = [torch.randn(tokens, 16, device=device), torch.randn(4, 16, 16, device=device), torch.rand(tokens, 2, device=device)]
+        leaves = [
+            torch.randn(tokens, 16, device=device),
+            torch.randn(4, 16, 16, device=device),
+            torch.rand(tokens, 2, device=device),
+        ]
         grad = torch.randn(tokens, 16, device=device)
         actual = gradients(lambda *leaves, ids=ids: compiled(*leaves, ids), leaves, grad)
         expected = gradients(lambda *leaves, ids=ids: layer(*leaves, ids), leaves, grad)
@@ -143,14 +147,14 @@ def test_permute_leaves_rows_of_empty_slots_alone(device):
 
 
 def test_the_sum_over_k_has_one_order():
-    """1e8 + 1 - 1e8 is 0 in fp32 in this order, and 1 in another."""
+    """(1 + 1e8) - 1e8 is 0 in fp32, and 1 in the reverse order."""
     ids = torch.tensor([[2, 0, 1]], dtype=torch.int32)
     for backend in (reference, *FAST):
         if backend is with_triton and not launch.INTERPRETED:
             continue
         plan = backend.sort_by_expert(ids, 3)
         rows = torch.empty(3, 8)
-        rows[plan.slot_row[0].long()] = torch.tensor([1e8, 1.0, -1e8])[:, None].expand(3, 8)
+        rows[plan.slot_row[0].long()] = torch.tensor([1.0, 1e8, -1e8])[:, None].expand(3, 8)
         assert torch.equal(backend.unpermute(rows, plan, torch.ones(1, 3)), torch.zeros(1, 8))
 
 

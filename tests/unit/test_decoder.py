@@ -1,11 +1,14 @@
 """The decoder: what a row sees, what a forward changes, and what its parameters start from."""
 
 import hashlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from models import RECURRENT, TOPK, batch_of, config_of, decoder_of, make_batch
 from torch import Tensor, nn
+
+from moe_train.parallel.recompute import apply_recompute
 
 ROUTERS = [TOPK, RECURRENT, {**TOPK, "scores": "sigmoid", "z_weight": 0.01}, {**RECURRENT, "cell": "lstm"}]
 SHAPES = [
@@ -123,3 +126,46 @@ def test_dense_layers_hand_the_state_on() -> None:
     assert list(output.stats) == ["1"]
     output.loss.backward()
     assert float(model.shared_router.weight_hh.grad.abs().max()) == 0.0  # the state was still zero
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_recomputation_changes_nothing_but_memory(mode: str, router: dict, shape: dict) -> None:
+    config = config_of(router, **shape)
+    batch, targets = batch_of([[7, 5], [12]])
+    kept, again = decoder_of(config.model), decoder_of(config.model)
+    apply_recompute(again, mode)
+    sizes = []
+    found = []
+    for model in (kept, again):
+        saved: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
+            output = model(batch, targets)
+        output.loss.backward()
+        sizes.append(sum(saved.values()))
+        found.append((output.loss.detach(), output.stats, gradients(model)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert sizes[1] < sizes[0]
+
+
+def test_recomputation_asks_the_router_once() -> None:
+    model = decoder_of(config_of(RECURRENT).model)
+    apply_recompute(model, "full")
+    calls = {"router": 0, "attention": 0, "experts": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    for block in model.layers.values():
+        block.mlp.router.register_forward_pre_hook(count("router"))
+        block.attention.register_forward_pre_hook(count("attention"))
+        block.mlp.experts.register_forward_pre_hook(count("experts"))
+    batch, targets = batch_of([[12]])
+    model(batch, targets).loss.backward()
+    assert calls == {"router": 3, "attention": 6, "experts": 6}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.gru.reference import check_arguments
+from moe_kernels.products import matmul
 
 
 def gru_step(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
@@ -18,22 +19,13 @@ def gru_step(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_h
     return _GruStep.apply(z, h, w_ih, w_hh, b_ih, b_hh)
 
 
-def _matmul(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
-    """a @ b with operands as they are and the result in `accumulate`."""
-    if a.dtype == accumulate:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=accumulate)
-    return a.to(accumulate) @ b.to(accumulate)  # CPU products have no wider output
-
-
 def _gates(
     z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r, u, n and the hidden half of n, each [T, P] in h's dtype."""
     low = z.dtype
-    from_input = _matmul(z, w_ih.to(low).t(), h.dtype).add_(b_ih)
-    from_state = _matmul(h.to(low), w_hh.to(low).t(), h.dtype).add_(b_hh)
+    from_input = matmul(z, w_ih.to(low).t(), h.dtype).add_(b_ih)
+    from_state = matmul(h.to(low), w_hh.to(low).t(), h.dtype).add_(b_hh)
     width = h.shape[1]
     both = from_input[:, : 2 * width].add_(from_state[:, : 2 * width]).sigmoid_()
     r, u = both[:, :width], both[:, width:]
@@ -63,10 +55,10 @@ class _GruStep(torch.autograd.Function):
         d_state = torch.cat([dr, du, dn * r], -1)
         low_input, low_state = d_input.to(low), d_state.to(low)
         need = ctx.needs_input_grad
-        dz = _matmul(low_input, w_ih.to(low), h.dtype).to(low) if need[0] else None
-        dh = _matmul(low_state, w_hh.to(low), h.dtype).addcmul_(grad, u) if need[1] else None
-        dw_ih = _matmul(low_input.t(), z, h.dtype).to(w_ih.dtype) if need[2] else None
-        dw_hh = _matmul(low_state.t(), h.to(low), h.dtype).to(w_hh.dtype) if need[3] else None
+        dz = matmul(low_input, w_ih.to(low), h.dtype).to(low) if need[0] else None
+        dh = matmul(low_state, w_hh.to(low), h.dtype).addcmul_(grad, u) if need[1] else None
+        dw_ih = matmul(low_input.t(), z, h.dtype).to(w_ih.dtype) if need[2] else None
+        dw_hh = matmul(low_state.t(), h.to(low), h.dtype).to(w_hh.dtype) if need[3] else None
         db_ih = d_input.sum(0).to(b_ih.dtype) if need[4] else None
         db_hh = d_state.sum(0).to(b_hh.dtype) if need[5] else None
         return dz, dh, dw_ih, dw_hh, db_ih, db_hh

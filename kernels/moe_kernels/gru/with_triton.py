@@ -21,7 +21,8 @@ from moe_kernels.configs import Config
 from moe_kernels.gru import with_torch
 from moe_kernels.gru.reference import check_arguments
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
-from moe_kernels.partial_sums import sum_partials
+from moe_kernels.partial_sums import range_rows, sum_partials
+from moe_kernels.products import float32_precision
 from moe_kernels.tiles import dot
 
 _RANGES = 16  # of tokens, for the weight gradients: a constant, so that their bits depend on T only
@@ -261,13 +262,8 @@ def _constants(name: str, width: int, precision: str) -> dict[str, Any]:
     return {"P": width, "BT": block_m, "BN": block_n, "BK": min(block_k, columns), "PRECISION": precision}
 
 
-def _precision() -> str:
-    """Of fp32 operands, which only tests and debugging use; torch's own setting for matrix products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _run(name: str, kernel: Any, tokens: int, width: int, *args: Any) -> None:
-    constants = _constants(name, width, _precision())
+    constants = _constants(name, width, float32_precision())
     grid = (cdiv(tokens, constants["BT"]), cdiv(width, constants["BN"]))
     launch(kernel, grid, _CONFIGS[name], *args, tokens, **constants)
 
@@ -316,8 +312,8 @@ def _backward_of_weights(gates: Tensor, z: Tensor, h: Tensor) -> Tensor:
     """The gradients of w_ih, b_ih, w_hh and b_hh, one after the other, fp32: one ordered sum serves all four."""
     z, h = z.contiguous(), h.contiguous()
     tokens, width = z.shape
-    constants, config = _constants("weights", width, _precision()), _CONFIGS["weights"]
-    span = cdiv(cdiv(tokens, _RANGES), config.block_k) * config.block_k
+    constants, config = _constants("weights", width, float32_precision()), _CONFIGS["weights"]
+    span = range_rows(tokens, _RANGES, config.block_k)
     ranges = cdiv(tokens, span) if tokens else 0
     partials = empty((2, ranges, 3 * width * (width + 1)), torch.float32, z.device)
     grid = (ranges, cdiv(3 * width, constants["BM"]), cdiv(width, constants["BN"]))

@@ -16,7 +16,7 @@ from moe_kernels.checks import require
 from moe_kernels.configs import Config
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.partial_sums import AOT_CASES as SUM_CASES
-from moe_kernels.partial_sums import sum_partials
+from moe_kernels.partial_sums import range_rows, sum_partials
 from moe_kernels.rms_norm.reference import check_arguments
 
 _RANGES = 256  # a constant, not twice the number of multiprocessors: the weight gradient has the same bits on every GPU
@@ -90,11 +90,6 @@ def _constants(kernel: Any, hidden: int, add: bool) -> dict[str, Any]:
     return {"D": hidden, "BD": config.block_n, "BT": config.block_m, "ADD": add}
 
 
-def _range_rows(tokens: int, tile_rows: int) -> int:
-    """Tokens of one range of the weight gradient: whole tiles, so that a tile never straddles two ranges."""
-    return cdiv(cdiv(tokens, _RANGES), tile_rows) * tile_rows
-
-
 def _run_forward(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     tokens, hidden = x.shape[:-1].numel(), x.shape[-1]
@@ -137,7 +132,7 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dtot
     tokens, hidden = rstd.numel(), x.shape[-1]
     dx = empty(x.shape, x.dtype, x.device)
     config = _config(_backward, hidden)
-    rows = _range_rows(tokens, config.block_m)
+    rows = range_rows(tokens, _RANGES, config.block_m)
     programs = cdiv(tokens, rows) if tokens else 0
     partials = empty((programs, hidden), torch.float32, x.device)
     add = dy if dtotal is None else dtotal.contiguous()

@@ -1,5 +1,11 @@
-"""`topk_scores` in Triton: score, selection, weights and counts in one pass; the block counts are then summed. T tokens, E
-experts."""
+"""`score_topk` in Triton: logits, scores, selection, weights and counts in one kernel. T tokens, P hidden width, E experts.
+
+A program holds all E logits of its tokens, so that nothing is left to combine but the counts; hidden and weight stream through
+the load pipeline. The weight is rounded to hidden's dtype before: wgmma reads it from shared memory, as it lies there.
+
+Backward: one kernel brings the gradients of the weights, the scores and the logits to one [T, E] in hidden's dtype; the library
+multiplies it by the weight; the weight's gradient, a reduction over tokens, comes from partial sums of token ranges.
+"""
 
 from typing import Any
 
@@ -12,98 +18,150 @@ from moe_kernels.aot import AotCase
 from moe_kernels.checks import require
 from moe_kernels.configs import Config
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
-from moe_kernels.partial_sums import sum_partials
+from moe_kernels.partial_sums import range_rows, sum_partials
+from moe_kernels.products import float32_precision
+from moe_kernels.tiles import dot
 from moe_kernels.topk.reference import SMALLEST_SUM, Score, check_arguments
 from moe_kernels.types import TopK
 
 _SMALLEST_SUM = tl.constexpr(SMALLEST_SUM)
-_TAKEN = tl.constexpr(-(2**63))
+_TAKEN = tl.constexpr(-(2**31))
 _MAX_EXPERTS = 1024
 
 
 @triton.jit
-def _order(logits, e, LAST: tl.constexpr):
-    """Unique int64 keys that sort like (logit, then the lower id): the bits of the float above the id, see with_torch._best."""
-    bits = (logits + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (LAST - e).to(tl.int64)
+def _to_key(x):
+    """int32 that sorts like the float x: its bits, with the magnitude of negatives flipped. No number gives _TAKEN."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _from_key(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _logits(
+    hidden,
+    weight,
+    rows,
+    e,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BT, BE] logits of the token rows `rows` (from the pointer on) and the experts `e`; -inf past E."""
+    c = tl.arange(0, BK)
+    at_hidden = hidden + rows[:, None] * P + c[None, :]
+    at_weight = weight + tl.minimum(e, E - 1)[None, :] * P + c[:, None]  # the strided axis: a clamp needs no mask
+    x = tl.zeros((BT, BE), tl.float32)
+    for k0 in range(0, P, BK):
+        if P % BK == 0:
+            x = dot(tl.load(at_hidden + k0), tl.load(at_weight + k0), x, PRECISION)
+        else:
+            a = tl.load(at_hidden + k0, mask=(k0 + c < P)[None, :], other=0.0)
+            b = tl.load(at_weight + k0, mask=(k0 + c < P)[:, None], other=0.0)
+            x = dot(a, b, x, PRECISION)
+    return tl.where((e < E)[None, :], x, float("-inf"))
+
+
+@triton.jit
+def _score(x, largest, total, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        return tl.sigmoid(x)
+    else:
+        return tl.exp(x - largest) / total
 
 
 @triton.jit(do_not_specialize=["T"])
 def _forward(
+    hidden,
+    weight,
     logits,
     scores,
     weights,
     ids,
     counts,
     T,
+    P: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
     CHOICES: tl.constexpr,
-    TOKENS: tl.constexpr,
     SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    e, k = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
-    real = (t < T)[:, None]
-    at = t.to(tl.int64)[:, None] * E + e[None, :]
-    mask = real & (e < E)[None, :]
-    x = tl.load(logits + at, mask=mask, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
-        p = tl.sigmoid(x)
-    else:
-        p = tl.exp(x - tl.where(t < T, tl.max(x, 1), 0.0)[:, None])  # a row past T holds -inf only
-        p = p / tl.where(t < T, tl.sum(p, 1), 1.0)[:, None]
-    tl.store(scores + at, p, mask=mask)
-    keys = tl.where(mask, _order(x, e[None, :], EXPERTS - 1), _TAKEN)
-    selected = tl.zeros((TOKENS, CHOICES), tl.float32)
-    chosen = tl.zeros((TOKENS, CHOICES), tl.int32)
-    count = tl.zeros((EXPERTS,), tl.int32)
-    for j in tl.static_range(K):
-        best = EXPERTS - 1 - (tl.max(keys, 1) & 0xFFFFFFFF).to(tl.int32)
-        hit = e[None, :] == best[:, None]
-        keys = tl.where(hit, _TAKEN, keys)
-        count += tl.sum((hit & mask).to(tl.int32), 0)
-        selected = tl.where(k[None, :] == j, tl.sum(tl.where(hit, p, 0.0), 1)[:, None], selected)
-        chosen = tl.where(k[None, :] == j, best[:, None], chosen)
+    first = tl.program_id(0) * BT
+    i, e, k = tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, CHOICES)
+    real = (first + i < T)[:, None]
+    rows = tl.minimum(i, T - 1 - first)  # past T the last token once more, which is not stored
+    start = first.to(tl.int64)  # offsets within a tile fit 32 bits, at half the registers
+    x = _logits(hidden + start * P, weight, rows, e, P, E, BT, BE, BK, PRECISION)
+    at = rows[:, None] * E + e[None, :]
+    live = (e < E)[None, :]
+    mask = real & live
+    tl.store(logits + start * E + at, x, mask=mask)
+    largest = tl.max(x, 1)[:, None]
+    total = 0.0 if SIGMOID else tl.sum(tl.exp(x - largest), 1)[:, None]
+    tl.store(scores + start * E + at, _score(x, largest, total, SIGMOID), mask=mask)
+    keys = tl.where(live, _to_key(x), _TAKEN)
+    values = tl.full((BT, CHOICES), float("-inf"), tl.float32)
+    chosen = tl.zeros((BT, CHOICES), tl.int32)
+    for j in range(K):  # unrolled, it compiles for a minute
+        top = tl.max(keys, 1)[:, None]
+        best = tl.min(tl.where(keys == top, e[None, :], BE), 1)[:, None]
+        keys = tl.where(e[None, :] == best, _TAKEN, keys)
+        values = tl.where(k[None, :] == j, _from_key(top), values)
+        chosen = tl.where(k[None, :] == j, best, chosen)
+    selected = _score(values, largest, total, SIGMOID)
     if RENORMALIZE:
         selected = selected / tl.maximum(tl.sum(selected, 1), _SMALLEST_SUM)[:, None]
-    slot = t.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(weights + slot, selected, mask=real & (k < K)[None, :])
-    tl.store(ids + slot, chosen, mask=real & (k < K)[None, :])
-    tl.store(counts + tl.program_id(0) * E + e, count, mask=e < E)
+    slot = rows[:, None] * K + k[None, :]
+    choice = real & (k < K)[None, :]
+    tl.store(weights + start * K + slot, selected, mask=choice)
+    tl.store(ids + start * K + slot, chosen, mask=choice)
+    tl.store(counts + tl.program_id(0) * E + e, tl.sum(((keys == _TAKEN) & mask).to(tl.int32), 0), mask=e < E)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward(
+def _backward_logits(
     scores,
     weights,
     ids,
     dweights,
     dscores,
     dlogits,
+    out,
     T,
     E: tl.constexpr,
     K: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
     CHOICES: tl.constexpr,
-    TOKENS: tl.constexpr,
     SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    SCORES: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    e, k = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    """`out`: the gradient of the logits, through the weights, the scores (where SCORES) and themselves (where LOGITS)."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    e, k = tl.arange(0, BE), tl.arange(0, CHOICES)
     at = t.to(tl.int64)[:, None] * E + e[None, :]
     mask = (t < T)[:, None] & (e < E)[None, :]
     p = tl.load(scores + at, mask=mask, other=0.0)
     slot = t.to(tl.int64) * K
-    direct = tl.zeros((TOKENS, EXPERTS), tl.float32)  # the gradient of the weight of each selected expert
-    taken = tl.zeros((TOKENS, EXPERTS), tl.int1)
+    g = tl.zeros((BT, BE), tl.float32)  # the gradient of the weight of each selected expert
+    taken = tl.zeros((BT, BE), tl.int1)
     for j in tl.static_range(K):
         hit = e[None, :] == tl.load(ids + slot + j, mask=t < T, other=-1)[:, None]
-        direct = tl.where(hit, tl.load(dweights + slot + j, mask=t < T, other=0.0)[:, None], direct)
+        g = tl.where(hit, tl.load(dweights + slot + j, mask=t < T, other=0.0)[:, None], g)
         taken = taken | hit
     if RENORMALIZE:
         choice = (t < T)[:, None] & (k < K)[None, :]
@@ -111,74 +169,166 @@ def _backward(
         dw = tl.load(dweights + slot[:, None] + k[None, :], mask=choice, other=0.0)
         total = tl.sum(tl.where(taken, p, 0.0), 1)
         mean = tl.where(total >= _SMALLEST_SUM, tl.sum(w * dw, 1), 0.0)
-        direct = tl.where(taken, (direct - mean[:, None]) / tl.maximum(total, _SMALLEST_SUM)[:, None], 0.0)
-    g = tl.load(dscores + at, mask=mask, other=0.0) + direct
+        g = tl.where(taken, (g - mean[:, None]) / tl.maximum(total, _SMALLEST_SUM)[:, None], 0.0)
+    if SCORES:
+        g += tl.load(dscores + at, mask=mask, other=0.0)
     g = g * p * (1.0 - p) if SIGMOID else p * (g - tl.sum(p * g, 1)[:, None])
-    tl.store(dlogits + at, g.to(dlogits.dtype.element_ty), mask=mask)
+    if LOGITS:
+        g += tl.load(dlogits + at, mask=mask, other=0.0)
+    tl.store(out + at, g.to(out.dtype.element_ty), mask=mask)
 
 
-def _config(num_experts: int) -> Config:
-    """Tokens of a program, lanes for the experts."""
+@triton.jit(do_not_specialize=["T", "span"])
+def _backward_weight(
+    dlogits,
+    hidden,
+    partials,
+    T,
+    span,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial s of the gradient of the weight [E, P], over the tokens [s * span, (s + 1) * span)."""
+    s = tl.program_id(0)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    c = tl.program_id(2) * BN + tl.arange(0, BN)
+    i = tl.arange(0, BR)
+    acc = tl.zeros((BE, BN), tl.float32)
+    for start in range(s * span, tl.minimum((s + 1) * span, T), BR):  # span is a multiple of BR: only T cuts a block
+        real = start + i < T
+        rows = tl.minimum(start + i, T - 1).to(tl.int64)
+        # dlogits comes transposed by pointer order: a transposed tile would leave the load pipeline on sm_80
+        at_a = dlogits + rows[None, :] * E + e[:, None]
+        at_b = hidden + rows[:, None] * P + c[None, :]
+        mask = real[None, :] if E % BE == 0 else real[None, :] & (e < E)[:, None]
+        a = tl.load(at_a, mask=mask, other=0.0)
+        b = tl.load(at_b) if P % BN == 0 else tl.load(at_b, mask=(c < P)[None, :], other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    to = partials + s.to(tl.int64) * (E * P)
+    tl.store(to + e[:, None] * P + c[None, :], acc, mask=(e < E)[:, None] & (c < P)[None, :])
+
+
+def _forward_config(num_experts: int, dtype: torch.dtype) -> Config:
+    """block_m tokens x all experts x block_k along P."""
+    lanes, line = power_of_2(num_experts, 16), 128 // dtype.itemsize
+    if lanes <= 128:
+        return Config(block_m=64 if lanes <= 64 else 32, block_n=lanes, block_k=line, warps=4, stages=3)
+    if lanes <= 256:
+        return Config(block_m=32, block_n=lanes, block_k=line, warps=8, stages=3)
+    # two stages of the weight's tile must fit sm_80
+    return Config(block_m=16, block_n=lanes, block_k=line // 2, warps=8, stages=3)
+
+
+def _logits_config(num_experts: int) -> Config:
+    """block_m tokens x all experts."""
     lanes = power_of_2(num_experts, 2)
     return Config(block_m=max(1024 // lanes, 1), block_n=lanes, block_k=1, warps=4, stages=3)
 
 
-def _constants(num_experts: int, k: int, sigmoid: bool, renormalize: bool) -> dict[str, Any]:
-    config = _config(num_experts)
-    shape = {"E": num_experts, "K": k, "EXPERTS": config.block_n, "CHOICES": power_of_2(k, 2), "TOKENS": config.block_m}
-    return shape | {"SIGMOID": sigmoid, "RENORMALIZE": renormalize}
+def _weight_config(num_experts: int, dtype: torch.dtype) -> Config:
+    """block_m experts x block_n columns of P x block_k tokens."""
+    block_m = min(power_of_2(num_experts, 16), 64)
+    return Config(block_m=block_m, block_n=128, block_k=128 // dtype.itemsize, warps=4, stages=4)
 
 
-@torch.library.custom_op("moe_kernels::topk_scores_triton", mutates_args=())
-def _topk(logits: Tensor, k: int, sigmoid: bool, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, experts = logits.shape
-    config, device = _config(experts), logits.device
+def _forward_constants(
+    width: int, experts: int, dtype: torch.dtype, k: int, sigmoid: bool, renormalize: bool
+) -> dict[str, Any]:
+    config = _forward_config(experts, dtype)
+    block_k = min(config.block_k, power_of_2(width, 16))
+    tile = {"BT": config.block_m, "BE": config.block_n, "BK": block_k, "CHOICES": power_of_2(k, 2)}
+    shape = {"P": width, "E": experts, "K": k, "PRECISION": float32_precision()}
+    return shape | tile | {"SIGMOID": sigmoid, "RENORMALIZE": renormalize}
+
+
+def _logits_constants(experts: int, k: int, sigmoid: bool, renormalize: bool, scores: bool, logits: bool) -> dict[str, Any]:
+    config = _logits_config(experts)
+    tile = {"BT": config.block_m, "BE": config.block_n, "CHOICES": power_of_2(k, 2)}
+    flags = {"SIGMOID": sigmoid, "RENORMALIZE": renormalize, "SCORES": scores, "LOGITS": logits}
+    return {"E": experts, "K": k} | tile | flags
+
+
+def _weight_constants(width: int, experts: int, dtype: torch.dtype) -> dict[str, Any]:
+    config = _weight_config(experts, dtype)
+    tile = {"BE": config.block_m, "BN": min(config.block_n, power_of_2(width, 16)), "BR": config.block_k}
+    return {"P": width, "E": experts, "PRECISION": float32_precision()} | tile
+
+
+def _ranges(constants: dict[str, Any]) -> int:
+    """How many token ranges the weight's gradient has: more where there are few tiles, by shapes alone, so that its bits
+    depend on nothing else."""
+    tiles = cdiv(constants["E"], constants["BE"]) * cdiv(constants["P"], constants["BN"])
+    return max(16, 256 // tiles)
+
+
+@torch.library.custom_op("moe_kernels::score_topk_triton", mutates_args=())
+def _score_topk(
+    hidden: Tensor, weight: Tensor, k: int, sigmoid: bool, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, width = hidden.shape
+    experts, device = weight.shape[0], hidden.device
+    config = _forward_config(experts, hidden.dtype)
     programs = cdiv(tokens, config.block_m)
     weights, ids = empty((tokens, k), torch.float32, device), empty((tokens, k), torch.int32, device)
-    scores, counts = empty((tokens, experts), torch.float32, device), empty((programs, experts), torch.int32, device)
-    args = (logits.contiguous(), scores, weights, ids, counts, tokens)
-    launch(_forward, programs, config, *args, **_constants(experts, k, sigmoid, renormalize))
-    return weights, ids, scores, sum_partials(counts, torch.int32)
+    logits, scores = (empty((tokens, experts), torch.float32, device) for _ in range(2))
+    counts = empty((programs, experts), torch.int32, device)
+    operands = (hidden.contiguous(), weight.to(hidden.dtype).contiguous())
+    constants = _forward_constants(width, experts, hidden.dtype, k, sigmoid, renormalize)
+    launch(_forward, programs, config, *operands, logits, scores, weights, ids, counts, tokens, **constants)
+    return weights, ids, scores, sum_partials(counts, torch.int32), logits
 
 
-@_topk.register_fake
-def _(logits: Tensor, k: int, sigmoid: bool, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, experts = logits.shape
+@_score_topk.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, k: int, sigmoid: bool, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = hidden.shape[0], weight.shape[0]
     return (
-        logits.new_empty(tokens, k, dtype=torch.float32),
-        logits.new_empty(tokens, k, dtype=torch.int32),
-        logits.new_empty(tokens, experts, dtype=torch.float32),
-        logits.new_empty(experts, dtype=torch.int32),
+        hidden.new_empty(tokens, k, dtype=torch.float32),
+        hidden.new_empty(tokens, k, dtype=torch.int32),
+        hidden.new_empty(tokens, experts, dtype=torch.float32),
+        hidden.new_empty(experts, dtype=torch.int32),
+        hidden.new_empty(tokens, experts, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op("moe_kernels::topk_scores_backward_triton", mutates_args=())
-def _topk_backward(
+@torch.library.custom_op("moe_kernels::score_topk_logits_triton", mutates_args=())
+def _backward_of_logits(
     scores: Tensor,
     weights: Tensor,
     ids: Tensor,
     dweights: Tensor,
-    dscores: Tensor,
+    dscores: Tensor | None,
+    dlogits: Tensor | None,
     sigmoid: bool,
     renormalize: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    dlogits = empty(scores.shape, dtype, scores.device)
+    """The gradient of the logits [T, E] in `dtype`, of which a product with the weight or with hidden is the rest."""
     tokens, experts = scores.shape
-    config = _config(experts)
-    args = (scores, weights, ids, dweights.contiguous(), dscores.contiguous(), dlogits, tokens)
-    constants = _constants(experts, weights.shape[1], sigmoid, renormalize)
-    launch(_backward, cdiv(tokens, config.block_m), config, *args, **constants)
-    return dlogits
+    out = empty(scores.shape, dtype, scores.device)
+    config = _logits_config(experts)
+    flags = (sigmoid, renormalize, dscores is not None, dlogits is not None)
+    others = [scores if grad is None else grad.contiguous() for grad in (dscores, dlogits)]  # what is absent is never read
+    args = (scores, weights, ids, dweights.contiguous(), *others, out, tokens)
+    launch(
+        _backward_logits, cdiv(tokens, config.block_m), config, *args, **_logits_constants(experts, weights.shape[1], *flags)
+    )
+    return out
 
 
-@_topk_backward.register_fake
+@_backward_of_logits.register_fake
 def _(
     scores: Tensor,
     weights: Tensor,
     ids: Tensor,
     dweights: Tensor,
-    dscores: Tensor,
+    dscores: Tensor | None,
+    dlogits: Tensor | None,
     sigmoid: bool,
     renormalize: bool,
     dtype: torch.dtype,
@@ -186,43 +336,98 @@ def _(
     return torch.empty_like(scores, dtype=dtype)
 
 
+@torch.library.custom_op("moe_kernels::score_topk_weight_triton", mutates_args=())
+def _backward_of_weight(dlogits: Tensor, hidden: Tensor) -> Tensor:
+    """dlogits^T hidden: [E, P] fp32."""
+    dlogits, hidden = dlogits.contiguous(), hidden.contiguous()
+    (tokens, experts), width = dlogits.shape, hidden.shape[1]
+    constants, config = _weight_constants(width, experts, hidden.dtype), _weight_config(experts, hidden.dtype)
+    span = range_rows(tokens, _ranges(constants), config.block_k)
+    ranges = cdiv(tokens, span) if tokens else 0
+    partials = empty((ranges, experts * width), torch.float32, hidden.device)
+    grid = (ranges, cdiv(experts, constants["BE"]), cdiv(width, constants["BN"]))
+    launch(_backward_weight, grid, config, dlogits, hidden, partials, tokens, span, **constants)
+    return sum_partials(partials, torch.float32).view(experts, width)
+
+
+@_backward_of_weight.register_fake
+def _(dlogits: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(dlogits.shape[1], hidden.shape[1], dtype=torch.float32)
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    logits, _, ctx.sigmoid, ctx.renormalize = inputs
-    weights, ids, scores, _ = output
-    ctx.dtype = logits.dtype
-    ctx.save_for_backward(scores, weights, ids)
+    hidden, weight, _, ctx.sigmoid, ctx.renormalize = inputs
+    weights, ids, scores, _, _ = output
+    ctx.set_materialize_grads(False)  # the scores and the logits often have no gradient
+    ctx.save_for_backward(hidden, weight, scores, weights, ids)
 
 
-def _differentiate(ctx: Any, dweights: Tensor, _ids: Any, dscores: Tensor, _counts: Any) -> tuple[Tensor | None, ...]:
-    dlogits = _topk_backward(*ctx.saved_tensors, dweights, dscores, ctx.sigmoid, ctx.renormalize, ctx.dtype)
-    return dlogits, None, None, None
+def _differentiate(
+    ctx: Any, dweights: Tensor | None, _ids: Any, dscores: Tensor | None, _counts: Any, dlogits: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, scores, weights, ids = ctx.saved_tensors
+    dweights = torch.zeros_like(weights) if dweights is None else dweights
+    flags = (ctx.sigmoid, ctx.renormalize, hidden.dtype)
+    low = _backward_of_logits(scores, weights, ids, dweights, dscores, dlogits, *flags)
+    dhidden = low @ weight.to(low.dtype) if ctx.needs_input_grad[0] else None
+    dweight = _backward_of_weight(low, hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
+    return dhidden, dweight, None, None, None
 
 
-_topk.register_autograd(_differentiate, setup_context=_save)
+_score_topk.register_autograd(_differentiate, setup_context=_save)
 
 
-def topk_scores(logits: Tensor, k: int, score: Score = "softmax", renormalize: bool = True) -> TopK:
-    """See `moe_kernels.topk.reference.topk_scores`; fp64 and E above 1,024 raise KernelError."""
-    check_arguments(logits, k, score)
-    ok = logits.dtype != torch.float64 and logits.shape[1] <= _MAX_EXPERTS
-    rule = f"the triton backend takes logits of 16 or 32 bits and E up to {_MAX_EXPERTS} (else use the torch backend)"
-    require(ok, "topk_scores", rule, logits=logits)
-    weights, ids, scores, counts = _topk(logits, k, score == "sigmoid", renormalize)
-    return TopK(weights, ids, scores, counts)
+def score_topk(hidden: Tensor, weight: Tensor, k: int, score: Score = "softmax", renormalize: bool = True) -> TopK:
+    """See `moe_kernels.topk.reference.score_topk`; fp64 and E above 1,024 raise KernelError. fp32 products follow torch's
+    float32 matmul precision."""
+    check_arguments(hidden, weight, k, score)
+    ok = hidden.dtype != torch.float64 and weight.shape[0] <= _MAX_EXPERTS
+    rule = f"the triton backend takes hidden of 16 or 32 bits and E up to {_MAX_EXPERTS} (else use the torch backend)"
+    require(ok, "score_topk", rule, hidden=hidden, weight=weight)
+    return TopK(*_score_topk(hidden, weight, k, score == "sigmoid", renormalize))
 
 
-_TYPES = dict.fromkeys(("logits", "scores", "weights", "dweights", "dscores", "dlogits"), "*fp32")
-_TYPES |= {"ids": "*i32", "counts": "*i32", "T": "i32"}
-AOT_CASES = [
-    AotCase(
-        name=f"topk {kernel.__name__} E={experts} K={k} sigmoid={sigmoid}",
+_TYPES = dict.fromkeys(("logits", "scores", "weights", "dweights", "dscores", "partials"), "*fp32")
+_TYPES |= {"ids": "*i32", "counts": "*i32", "T": "i32", "span": "i32"}
+
+
+def _aot_case(name: str, kernel: Any, config: Config, constants: dict[str, Any], dtype: torch.dtype) -> AotCase:
+    operand = "*fp32" if dtype == torch.float32 else "*bf16"
+    types = _TYPES | dict.fromkeys(("hidden", "weight", "out"), operand)
+    types["dlogits"] = operand if kernel is _backward_weight else "*fp32"
+    return AotCase(
+        name=f"{name} {operand[1:]}",
         kernel=kernel,
-        types={name: _TYPES[name] for name in kernel.arg_names if name in _TYPES},
-        constexprs=_constants(experts, k, sigmoid, True),
-        num_warps=_config(experts).warps,
-        num_stages=_config(experts).stages,
+        types={arg: types[arg] for arg in kernel.arg_names if arg in types},
+        constexprs=constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        piped_operands=0 if kernel is _backward_logits or dtype == torch.float32 else 2,
     )
-    for kernel in (_forward, _backward)
-    for experts, k in ((16, 4), (256, 8))
-    for sigmoid in (False, True)
+
+
+def _aot_cases(kind: str, width: int, experts: int, k: int, dtype: torch.dtype = torch.bfloat16) -> list[AotCase]:
+    shape = f"P={width} E={experts} K={k}"
+    weight = (_weight_config(experts, dtype), _weight_constants(width, experts, dtype), dtype)
+    found = [_aot_case(f"{kind} weight {shape}", _backward_weight, *weight)]
+    for score in ("softmax", "sigmoid"):
+        sigmoid = score == "sigmoid"
+        forward = (_forward_config(experts, dtype), _forward_constants(width, experts, dtype, k, sigmoid, True), dtype)
+        found.append(_aot_case(f"{kind} forward {shape} {score}", _forward, *forward))
+        logits = (_logits_config(experts), _logits_constants(experts, k, sigmoid, True, True, True), dtype)
+        found.append(_aot_case(f"{kind} logits {shape} {score}", _backward_logits, *logits))
+    return found
+
+
+AOT_CASES = [
+    *_aot_cases("flagship", 128, 16, 4),
+    *_aot_cases("flagship", 1280, 16, 4),
+    *_aot_cases("table", 128, 16, 4, torch.float32),
+    *_aot_cases("table", 4096, 1024, 8, torch.float32),
+    *_aot_cases("table", 2048, 64, 6),
+    *_aot_cases("table", 2048, 128, 8),
+    *_aot_cases("table", 2000, 100, 8),
+    *_aot_cases("table", 4096, 256, 8),
+    *_aot_cases("table", 4096, 512, 8),
+    *_aot_cases("table", 4096, 1024, 8),
 ]
