@@ -213,14 +213,14 @@ def _backward_weight(
 
 
 def _forward_config(num_experts: int, dtype: torch.dtype) -> Config:
-    """block_m tokens x all experts x block_k along P."""
-    lanes, line = power_of_2(num_experts, 16), 128 // dtype.itemsize
+    """block_m tokens x all experts x block_k along P; fp32 products are no matrix instructions and need the registers."""
+    lanes, wide = power_of_2(num_experts, 16), dtype.itemsize // 2
     if lanes <= 128:
-        return Config(block_m=64 if lanes <= 64 else 32, block_n=lanes, block_k=line, warps=4, stages=3)
+        return Config(block_m=(64 if lanes <= 64 else 32) // wide, block_n=lanes, block_k=64 // wide, warps=4, stages=3)
     if lanes <= 256:
-        return Config(block_m=32, block_n=lanes, block_k=line, warps=8, stages=3)
+        return Config(block_m=32 // wide, block_n=lanes, block_k=64 // wide, warps=8, stages=3)
     # two stages of the weight's tile must fit sm_80
-    return Config(block_m=16, block_n=lanes, block_k=line // 2, warps=8, stages=3)
+    return Config(block_m=16 // wide, block_n=lanes, block_k=32 // wide, warps=8, stages=3)
 
 
 def _logits_config(num_experts: int) -> Config:
@@ -423,6 +423,7 @@ AOT_CASES = [
     *_aot_cases("flagship", 128, 16, 4),
     *_aot_cases("flagship", 1280, 16, 4),
     *_aot_cases("table", 128, 16, 4, torch.float32),
+    *_aot_cases("table", 2048, 128, 8, torch.float32),
     *_aot_cases("table", 4096, 1024, 8, torch.float32),
     *_aot_cases("table", 2048, 64, 6),
     *_aot_cases("table", 2048, 128, 8),
