@@ -1,0 +1,1 @@
+"""Train mixture-of-experts language models with any router under any parallel layout."""

@@ -69,9 +69,13 @@ def find_segments(doc_ids: Tensor, device: torch.device, dtype: torch.dtype) -> 
     if bool((doc_ids == doc_ids[:, :1]).all()):
         return None
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        starts = torch.ones_like(doc_ids, dtype=torch.bool)
-        starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-        bounds = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([doc_ids.numel()])])
-        return Segments(bounds=bounds.to(torch.int32).to(device, non_blocking=True))
+        return Segments(bounds=document_bounds(doc_ids).to(device, non_blocking=True))
     same = doc_ids[:, :, None] == doc_ids[:, None, :]
     return Segments(mask=same.tril()[:, None].to(device, non_blocking=True))
+
+
+def document_bounds(doc_ids: Tensor) -> Tensor:
+    """First token of each document in the flattened rows doc_ids [B, S], then B * S: int32 [n + 1]. A row's start is always one."""
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([doc_ids.numel()])]).to(torch.int32)

@@ -129,6 +129,25 @@ def test_strided_operands(where):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("where", TRITON_FLOAT32)
+def test_nothing_around_the_operands_is_read(where):
+    """NaN before and after both; sizes that no tile divides."""
+
+    def surround(value):
+        buffer = torch.full((value.numel() + 2,), float("nan"), device=where.device)
+        buffer[1:-1] = value.flatten()
+        return buffer[1:-1].view(value.shape).requires_grad_()
+
+    torch.manual_seed(0)
+    operands = inputs(where, 70, 70, 5, 2)
+    surrounded = [surround(value) for value in operands]
+    got = where.op("topk", "score_topk")(*surrounded, 2)
+    truth = reference.score_topk(*operands, 2)
+    torch.testing.assert_close(got.logits, truth.logits)
+    for grad in torch.autograd.grad(got.weights[:, 0].sum(), surrounded):
+        assert grad.isfinite().all()
+
+
 def test_twin_equals_torch_topk():
     hidden, weight = torch.randn(50, 7, dtype=torch.float64), torch.randn(12, 7, dtype=torch.float64)
     got, logits = reference.score_topk(hidden, weight, 3), hidden @ weight.T
