@@ -86,7 +86,7 @@ def test_all_problems_are_in_one_report() -> None:
     [
         ({"model": {"router": {"name": "recurent"}}}, "did you mean 'recurrent'?"),
         ({"model": {"router": {}}}, "model.router.name=None"),
-        ({"model": {"router": "topk"}}, "model.router.name='topk'"),
+        ({"model": {"router": "topk"}}, "model.router='topk': input should be a valid dictionary"),
         ({"model": 3}, "model=3"),
         ({"steps": 3}, "did you mean train.steps?"),
         ({"model": {"top_k": 3}}, "did you mean model.router.top_k?"),
