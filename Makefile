@@ -13,10 +13,11 @@ TORCH_PIP := "torch==$(TORCH)+cpu" --extra-index-url $(CPU_INDEX)
 else
 TORCH_PIP := "torch==$(TORCH)"
 endif
-RANKS ?= 1
-THREADS ?= $(shell $(PYTHON) -c "import os; print(max((os.cpu_count() or 1) // $(RANKS), 1))")
-# Threads that wait must not spin: with another program on one of the cores they would make training ten times slower.
-TORCHRUN := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
+CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
+# Two ranks wait for each other a few times a step, two threads hundreds of times: on a busy machine that is several times slower.
+RANKS ?= $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
+THREADS ?= $(shell [ $(CORES) -ge $(RANKS) ] && echo $$(($(CORES) / $(RANKS))) || echo 1)
+TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
 
 .PHONY: help corpus pretrain test test-slow test-gpu bench-gpu lint types format aot clean
 help: ## list the commands
@@ -42,7 +43,7 @@ $(CORPUS): | $(VENV)/.installed
 
 corpus: $(CORPUS) ## tokenizer and corpus made from Python's standard library, under data/stdlib
 
-pretrain: $(VENV)/.installed $(CORPUS) ## train configs/quickstart.yaml on the default corpus (RANKS=n for several ranks)
+pretrain: $(VENV)/.installed $(CORPUS) ## train configs/quickstart.yaml on the default corpus (RANKS=1 or 2)
 	$(TORCHRUN) launch/pretrain.py configs/quickstart.yaml $(ARGS)
 
 test: lint types $(VENV)/.installed-dev ## lint, types and the fast tests
