@@ -33,6 +33,7 @@ setup(
             "types-PyYAML",
             "triton==3.7.1; platform_system == 'Linux'",
         ],
+        "hf": ["transformers>=5.0"],
         "gpu": ["triton>=3.6"],
     },
 )

@@ -25,7 +25,7 @@ def run(words: list[str]) -> None:
 
     restored = restore(given.model, given.overrides)
     text = generate(
-        restored.model,
+        restored.model.logits,
         restored.tokenizer,
         given.prompt,
         max_tokens=given.max_tokens,

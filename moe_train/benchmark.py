@@ -18,7 +18,9 @@ from moe_train.config import Config
 from moe_train.data.loader import Loader, MicroBatch, StepBatch
 from moe_train.engine.native import NativeEngine
 from moe_train.flops import count_flops, matmul_rate
-from moe_train.parallel.mesh import World
+from moe_train.parallel.mesh import World, start_world
+from moe_train.rivals import Steps, load_rival
+from moe_train.train import data_loader, settle_vocabulary
 
 
 class RandomRows:
@@ -62,54 +64,83 @@ class Split:
         self.last = now
 
 
-def measure(config: Config, world: World, loader: Loader | RandomRows, steps: int, warmup: int) -> dict[str, Any]:
-    """Time `steps` optimizer steps after `warmup` ones; the same figures on every rank but for its own memory."""
-    engine = NativeEngine(config, world)
-    split = Split(world.device)
-    rates: list[float] = []
+class Meter:
+    """Times optimizer steps of a run, or of the `rival` (see `moe_train.rivals`) that has its shapes."""
+
+    def __init__(self, config: Config, rival: str | None = None) -> None:
+        self.rival, self.world = rival, start_world(config)
+        self.config, tokenizer = settle_vocabulary(config)
+        make, self.versions = load_rival(rival) if rival else (NativeEngine, {})
+        self.memory_before = _peak_memory(self.world.device)
+        self.engine: Steps = make(self.config, self.world)
+        self.loader: Loader | RandomRows = (
+            data_loader(self.config, self.world, tokenizer) if config.data.train else RandomRows(self.config, self.world)
+        )
+        self.forget()
+
+    def forget(self) -> None:
+        """What was timed until now was warm-up."""
+        self.split, self.rates, self.processor_seconds = Split(self.world.device), list[float](), 0.0
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.world.device)
+
+    def step(self) -> float:
+        """Time one optimizer step; its tokens per second over all ranks."""
+        start = self.split.last = time.perf_counter()
+        processor = time.process_time()
+        batch = self.loader.next_step()
+        self.split.mark("data")
+        self.engine.forward_backward(batch, self.split.mark)
+        self.engine.step()
+        self.split.mark("optimizer")
+        self.processor_seconds += time.process_time() - processor
+        self.rates.append(batch.token_count / (self.split.last - start))
+        return self.rates[-1]
+
+    def row(self) -> dict[str, Any]:
+        """The figures of all steps timed; the same on every rank but for its own memory and processor time."""
+        config, world, steps = self.config, self.world, len(self.rates)
+        flops = count_flops(config.model, config.train.seq_len)
+        rate = matmul_rate(world.device, world.dtype)
+        speed = statistics.median(self.rates)
+        return {
+            "rival": self.rival,
+            "tokens_per_second": speed,
+            "tokens_per_second_p20": quantile(self.rates, 0.2),
+            "tokens_per_second_p80": quantile(self.rates, 0.8),
+            "mfu_causal": speed * flops.causal / (rate.flops * world.size),
+            "mfu_full": speed * flops.full / (rate.flops * world.size),
+            "matmul_rate": rate.flops,
+            "matmul_rate_source": rate.source,
+            "seconds_per_step": {part: seconds / steps for part, seconds in self.split.seconds.items()},
+            "processor_seconds_per_step": self.processor_seconds / steps,
+            "peak_memory_bytes": _peak_memory(world.device),
+            "memory_before_model_bytes": self.memory_before,
+            "steps": steps,
+            "ranks": world.size,
+            "router": config.model.router.name,
+            "data": config.data.train or "random",
+            "dtype": str(world.dtype)[6:],
+            **machine(world.device),
+            **self.versions,
+        }
+
+
+def measure(config: Config, steps: int, warmup: int) -> dict[str, Any]:
+    """Time `steps` optimizer steps after `warmup` ones."""
+    meter = Meter(config)
     for step in range(warmup + steps):
         if step == warmup:
-            split.seconds.clear()
-            if world.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(world.device)
-        start = split.last = time.perf_counter()
-        batch = loader.next_step()
-        split.mark("data")
-        engine.forward_backward(batch, split.mark)
-        engine.step()
-        split.mark("optimizer")
-        if step >= warmup:
-            rates.append(batch.token_count / (split.last - start))
-    return _row(config, world, rates, split, steps)
-
-
-def _row(config: Config, world: World, rates: list[float], split: Split, steps: int) -> dict[str, Any]:
-    flops = count_flops(config.model, config.train.seq_len)
-    rate = matmul_rate(world.device, world.dtype)
-    speed = statistics.median(rates)
-    return {
-        "tokens_per_second": speed,
-        "tokens_per_second_p20": _quantile(rates, 0.2),
-        "tokens_per_second_p80": _quantile(rates, 0.8),
-        "mfu_causal": speed * flops.causal / (rate.flops * world.size),
-        "mfu_full": speed * flops.full / (rate.flops * world.size),
-        "matmul_rate": rate.flops,
-        "matmul_rate_source": rate.source,
-        "seconds_per_step": {part: seconds / steps for part, seconds in split.seconds.items()},
-        "peak_memory_bytes": _peak_memory(world.device),
-        "steps": steps,
-        "ranks": world.size,
-        "router": config.model.router.name,
-        "dtype": str(world.dtype)[6:],
-        **machine(world.device),
-    }
+            meter.forget()
+        meter.step()
+    return meter.row()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, commit and time of a measurement."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "device": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "device": gpu or f"{_processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
@@ -131,10 +162,14 @@ def describe(row: dict[str, Any], say: Callable[[str], None] = print) -> None:
     say(f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full, against the {row['matmul_rate_source']}")
     total = sum(row["seconds_per_step"].values())
     parts = ", ".join(f"{part} {s * 1e3:.1f} ms ({s / total:.0%})" for part, s in row["seconds_per_step"].items())
-    say(f"a step: {parts}; peak memory {row['peak_memory_bytes'] / 1e9:.2f} GB a rank")
+    before = row["memory_before_model_bytes"] / 1e9
+    say(
+        f"a step: {parts}; peak memory {row['peak_memory_bytes'] / 1e9:.2f} GB a rank ({before:.2f} GB before there is a model)"
+    )
 
 
-def _quantile(values: list[float], q: float) -> float:
+def quantile(values: list[float], q: float) -> float:
+    """The q-quantile of some values, interpolated."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
@@ -143,6 +178,16 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -28,34 +28,80 @@ from moe_train.errors import UserError
 Mapping = dict[str, Any]
 
 
+LARGEST_FILE = 1 << 18  # bytes of a run file
+MOST_FILES = 100  # that a run file extends
+DEEPEST = 16  # sections inside each other
+MOST_PROBLEMS = 50  # in a report
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (1e-3 is a number) and no key twice in a mapping."""
+    """What a run needs of YAML: no key twice, 1e-3 is a number and 2026-01-01 is text.
+
+    Tags are refused, and aliases of anything but a single value: a few lines of them can stand for a billion values.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        aliased = self.check_event(yaml.AliasEvent)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read; remove it", event.start_mark)
+        if self.depth == DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels of nesting", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if aliased and not isinstance(node, yaml.ScalarNode):
+            rule = "an alias may stand for a single value only; write the rest out, or use extends"
+            raise yaml.composer.ComposerError(None, None, rule, event.start_mark)
+        return node
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_TYPES = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag in _TYPES]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> Mapping:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
+    content: Mapping = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", node.start_mark)
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
-    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
+            raise yaml.constructor.ConstructorError(None, None, f"the key {_short(key)} is not text", node.start_mark)
+        if key in content:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {_short(key)} appears twice", node.start_mark)
+        content[key] = loader.construct_object(value_node, deep=True)
+    return content
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = int(loader.construct_yaml_int(node))
+    if not -(2**63) <= number < 2**63:
+        raise yaml.constructor.ConstructorError(None, None, "a whole number does not fit 64 bits", node.start_mark)
+    return number
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def _short(value: object) -> str:
+    """A value as an error shows it."""
+    shown = repr(value)
+    return shown if len(shown) < 80 else shown[:77] + "..."
 
 
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML; `where` names it in errors."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -72,15 +118,18 @@ def merge(base: Mapping, over: Mapping) -> Mapping:
     return merged
 
 
-def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Mapping:
-    """A run file with everything that it extends (paths relative to the file) below it."""
-    path = path.resolve()
-    if path in seen:
-        raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in [*seen, path])}; break the circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a run file: {error}") from None
+def read_file(path: Path, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Mapping:
+    """A run file with everything that it extends (paths relative to the file) below it.
+
+    `above`: the files that extend this one. `read`: all files until now.
+    """
+    read = [] if read is None else read
+    path, text = _read_text(path)
+    if path in above:
+        raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in [*above, path])}; break the circle")
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise UserError(f"{read[0]}: extends more than {MOST_FILES} files, the last one {path}; join some of them")
     content = read_yaml(text, str(path))
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -88,19 +137,32 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Mapping:
     parents = content.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
-        raise UserError(f"{path}: extends={parents!r}: must be a path or a list of paths")
+        raise UserError(f"{path}: extends={_short(parents)}: must be a path or a list of paths")
     merged: Mapping = {}
     for parent in parents:
-        merged = merge(merged, read_file(path.parent / parent, (*seen, path)))
+        merged = merge(merged, read_file(path.parent / parent, (*above, path), read))
     return merge(merged, content)
+
+
+def _read_text(path: Path) -> tuple[Path, str]:
+    """The absolute path of a run file and its text."""
+    try:
+        path = path.resolve()
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_FILE + 1)
+        if len(raw) > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE} bytes")
+        return path, raw.decode("utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        raise UserError(f"{path}: cannot be read as a run file: {error}") from None
 
 
 def read_override(word: str) -> Mapping:
     """`a.b.c=value` as nested mappings; the value is YAML."""
     path, equals, value = word.partition("=")
     keys = path.split(".")
-    if not equals or not all(keys):
-        raise UserError(f"{word!r}: not understood; an override is section.key=value")
+    if not equals or not all(keys) or len(keys) > DEEPEST:
+        raise UserError(f"{_short(word)}: not understood; an override is section.key=value")
     nested: Any = read_yaml(value, f"the value of {path}")
     for key in reversed(keys):
         nested = {key: nested}
@@ -118,20 +180,22 @@ def load_run(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> C
 def parse(content: Mapping, where: str) -> Config:
     """A mapping as a Config. Raises UserError with every invalid key and every conflict between valid ones."""
     tree.build_schema()
-    problems, bad_paths, config = [], [], None
+    problems: list[str] = []
+    items, bad_paths, config = [], [], None
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        for item in error.errors():
-            path = _path(item)
-            bad_paths.append(path)
-            problems.append(_describe(item, path, content))
+        items = error.errors()
+        bad_paths = [_path(item) for item in items]
+        problems = [_describe(item, path, content) for item, path in zip(items[:MOST_PROBLEMS], bad_paths, strict=False)]
     if config is None:  # rules between the keys that are valid can be checked all the same
         config = _without(content, bad_paths)
     if config is not None:
         problems += [str(c) for c in config.conflicts() if not any(_related(c.path, bad) for bad in bad_paths)]
     if problems or config is None:
-        raise UserError("\n".join([f"{where}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+        rest = max(len(items) - MOST_PROBLEMS, 0)
+        problems = [f"{where}: {len(problems) + rest} problem(s)", *(f"  {p}" for p in problems)]
+        raise UserError("\n".join(problems + [f"  and {rest} more"] * bool(rest)))
     return config
 
 
@@ -170,15 +234,14 @@ def _path(item: ErrorDetails) -> str:
 def _describe(item: ErrorDetails, path: str, content: Mapping) -> str:
     value = item["input"]
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_nearest(path, content)}"
+        return f"{path if path.isprintable() and len(path) < 80 else _short(path)}: unknown key{_nearest(path, content)}"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         names = sorted(routers.registry())
         name = value.get("name") if isinstance(value, dict) else value
         close = difflib.get_close_matches(str(name), names, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"model.router.name={name!r}: not a router{hint} (one of {', '.join(names)})"
-    shown = repr(value)
-    return f"{path}={shown if len(shown) < 80 else shown[:77] + '...'}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        return f"model.router.name={_short(name)}: not a router{hint} (one of {', '.join(names)})"
+    return f"{path}={_short(value)}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _nearest(path: str, content: Mapping) -> str:
@@ -211,15 +274,16 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     """(path, type, default, meaning) of every key."""
     rows = []
     for name, section in Config.model_fields.items():
-        rows += _describe_section(name, section.annotation)
+        rows += describe_section(name, section.annotation)
     for name, router in sorted(routers.registry().items()):
         rows += [
-            (f"model.router.{k}", t, d, f"[{name}] {doc}") for k, t, d, doc in _describe_section("", router) if k != "name"
+            (f"model.router.{k}", t, d, f"[{name}] {doc}") for k, t, d, doc in describe_section("", router) if k != "name"
         ]
     return rows
 
 
-def _describe_section(prefix: str, section: Any) -> list[tuple[str, str, str, str]]:
+def describe_section(prefix: str, section: Any) -> list[tuple[str, str, str, str]]:
+    """The rows of `describe_keys` for one section, whose paths start with `prefix`."""
     rows = []
     for key, field in section.model_fields.items():
         path = f"{prefix}.{key}" if prefix else key
@@ -277,7 +341,7 @@ def config_from_words(words: list[str], tool: str, what: str) -> Config:
 
 
 def main(run: Callable[[list[str]], None], words: list[str]) -> None:
-    """Call `run(words)`. Rank 0 prints a UserError without a traceback; the exit status is then 2."""
+    """Call `run(words)`. One rank prints a UserError, without a traceback; the exit status is then 2."""
     import torch.distributed as dist
 
     from moe_kernels import KernelError
@@ -288,9 +352,25 @@ def main(run: Callable[[list[str]], None], words: list[str]) -> None:
     try:
         run(words)
     except (UserError, KernelError) as error:
-        if rank == "0":
+        if _mistakes(1, default=int(rank) + 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except Exception:
+        if not _mistakes(0, default=0):
+            raise
+        status = 2  # another rank has ended with a mistake that it has told, and this one lost its connection to it
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _mistakes(more: int, default: int) -> int:
+    """How many ranks have met a mistake, after adding `more`; `default` where there are no others or they cannot be asked."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return default
+    try:
+        return int(dist.distributed_c10d._get_default_store().add("mistakes", more))
+    except RuntimeError:  # rank 0 held the store and has ended
+        return default

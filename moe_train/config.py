@@ -6,9 +6,11 @@ beside itself, as a subclass of `RouterConfig`; `model.router.name` chooses amon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +24,15 @@ from pydantic_core import CoreSchema, core_schema
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 AutoInt = PositiveInt | Literal["auto"]
+
+
+def _possible(path: str) -> str:
+    if "\0" in path or len(path.encode()) > 4000 or max(len(part.encode()) for part in path.split("/")) > 250:
+        raise ValueError("no file can have this name")  # 250: Linux has 255, and suffixes are added
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_possible)]
 
 
 class Conflict(NamedTuple):
@@ -53,6 +64,8 @@ class RouterConfig(Section):
     """which router"""
     top_k: PositiveInt = 2
     """experts per token"""
+    frozen: bool = False
+    """the routers' own parameters are not trained (fine-tuning)"""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -72,9 +85,21 @@ class RouterConfig(Section):
             return [Conflict("model.router.top_k", self.top_k, rule, "lower it or add experts")]
         return []
 
+    def layout_conflicts(self, parallel: ParallelSection) -> list[Conflict]:
+        """Axes under which this router cannot work; none by default."""
+        return []
+
     def loss_weights(self) -> dict[str, float]:
         """Weight of each entry of Routing.losses in the training loss."""
         return {}
+
+    def active_experts(self, model: ModelConfig) -> int:
+        """How many experts' work one token costs in a layer."""
+        return self.top_k
+
+    def leaks(self) -> list[str]:
+        """What these keys let a token see that a causal model must not, one line each; said when a run starts."""
+        return []
 
 
 class _RegisteredRouter:
@@ -95,7 +120,7 @@ def _default_router() -> RouterConfig:
 class RunSection(Section):
     """Where the run lives and what makes it reproducible."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """run folder; default runs/<config>-<time>; a folder that holds a run is resumed"""
     seed: NonNegativeInt = 0
     """seed of initialisation, data order and sampling"""
@@ -122,8 +147,11 @@ class ModelConfig(Section):
     """width of an expert that every token visits; 0 = none"""
     num_dense_layers: NonNegativeInt = 0
     """leading blocks with a dense MLP; router state passes through them untouched"""
+    moe_layer_freq: PositiveInt | list[Literal[0, 1]] = 1
+    """which of the other blocks have experts: every n-th, from block 0 on (2 is GLaM's placement); or 1 (experts) or 0 (dense MLP)
+    for each block"""
     dense_ffn_hidden_size: PositiveInt | None = None
-    """width of the dense MLP; default top_k * ffn_hidden_size"""
+    """width of a dense MLP; default top_k * ffn_hidden_size"""
     vocab_size: PositiveInt | None = None
     """rows of the embedding; default the tokenizer's vocabulary, rounded up to a multiple of 64"""
     tie_embeddings: bool = False
@@ -136,6 +164,11 @@ class ModelConfig(Section):
     """epsilon of RMSNorm"""
     init_std: PositiveFloat = 0.02
     """standard deviation of the initial weights"""
+    capacity_factor: PositiveFloat | None = None
+    """an expert takes at most this times the mean load of a row; choices beyond it are dropped; null = dropless"""
+    drop_policy: Literal["position", "score"] = "position"
+    """which choices an expert over its capacity drops: position = the latest in the row; score = the lowest scores, which is not
+    causal (a later token can push out an earlier one)"""
     router: Annotated[RouterConfig, _RegisteredRouter] = Field(default_factory=_default_router)
     """the router: its name and its own keys"""
 
@@ -151,12 +184,35 @@ class ModelConfig(Section):
 
     @property
     def dense_size(self) -> int:
-        """Width of a leading dense MLP."""
+        """Width of a dense MLP."""
         return self.dense_ffn_hidden_size or self.router.top_k * self.ffn_hidden_size
+
+    @property
+    def moe_layers(self) -> Sequence[int]:
+        """Numbers of the blocks with experts; the others have a dense MLP (Megatron-LM's rule for moe_layer_freq)."""
+        freq, first = self.moe_layer_freq, self.num_dense_layers
+        if isinstance(freq, int):
+            return range(-(-first // freq) * freq, self.num_layers, freq)
+        return [layer for layer, experts in enumerate(freq[: self.num_layers]) if experts and layer >= first]
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether a block has a dense MLP."""
+        freq = self.moe_layer_freq
+        return self.num_dense_layers > 0 or (freq > 1 if isinstance(freq, int) else 0 in freq)
+
+    def leaks(self) -> list[str]:
+        """What a token sees that a causal model must not, one line each."""
+        found = self.router.leaks()
+        if self.capacity_factor is not None and self.drop_policy == "score":
+            found.append(
+                "model.drop_policy=score: whether an expert takes a token depends on the scores of later tokens of its row"
+            )
+        return found
 
     def conflicts(self) -> list[Conflict]:
         """Rules between the model's keys."""
-        found = []
+        found = self._placement_conflicts()
         if self.head_dim is None and self.hidden_size % self.num_heads:
             rule = f"must divide model.hidden_size={self.hidden_size}"
             found.append(Conflict("model.num_heads", self.num_heads, rule, "change it or set model.head_dim"))
@@ -165,22 +221,32 @@ class ModelConfig(Section):
         if self.num_heads % self.kv_heads:
             rule = f"must divide model.num_heads={self.num_heads}"
             found.append(Conflict("model.num_kv_heads", self.kv_heads, rule, "use a divisor"))
-        if self.num_dense_layers >= self.num_layers:
-            rule = f"must be below model.num_layers={self.num_layers}, so that one block has experts"
-            found.append(Conflict("model.num_dense_layers", self.num_dense_layers, rule, "lower it"))
         return found + self.router.conflicts(self)
+
+    def _placement_conflicts(self) -> list[Conflict]:
+        freq, layers = self.moe_layer_freq, self.num_layers
+        if isinstance(freq, list) and len(freq) != layers:
+            rule = f"must have one entry for each of model.num_layers={layers} blocks"
+            return [Conflict("model.moe_layer_freq", freq, rule, "give as many, or a number")]
+        if self.num_dense_layers >= layers:
+            rule = f"must be below model.num_layers={layers}, so that one block has experts"
+            return [Conflict("model.num_dense_layers", self.num_dense_layers, rule, "lower it")]
+        if not self.moe_layers:
+            rule = f"leaves no block with experts (model.num_layers={layers}, model.num_dense_layers={self.num_dense_layers})"
+            return [Conflict("model.moe_layer_freq", freq, rule, "lower it, or put a 1 where experts are wanted")]
+        return []
 
 
 class DataSection(Section):
     """Prepared corpora: prefixes of .bin/.idx pairs, as `launch/prepare_data.py` or Megatron-LM write them."""
 
-    train: str | list[str] | None = None
+    train: PathText | list[PathText] | None = None
     """training prefixes; default: the corpus made from Python's standard library, under data/stdlib"""
-    valid: str | list[str] | None = None
+    valid: PathText | list[PathText] | None = None
     """validation prefixes; default as for train"""
-    test: str | list[str] | None = None
+    test: PathText | list[PathText] | None = None
     """prefixes evaluated once at the end of training; default as for train"""
-    tokenizer: str = "bytes"
+    tokenizer: PathText = "bytes"
     """`bytes`, or the path of a SentencePiece model: what the corpora were prepared with"""
     mask_documents: bool = True
     """attention stays inside a document when a row packs several"""
@@ -199,11 +265,14 @@ class TrainSection(Section):
     """tokens of a row"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one"""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """compute dtype; auto: bf16 on CUDA, fp32 on CPU. Master weights, router and optimizer are fp32 either way"""
+    dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute dtype; auto: bf16 on CUDA, fp32 on CPU. Master weights, router and optimizer are fp32 either way; fp64 (all of them, with
+    the torch or reference backend) is for proofs that a layout changes nothing"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations that backward computes again instead of keeping: selective = experts and dense MLPs, full = attention too;
     routing is always kept"""
+    compile: bool = False
+    """torch.compile each block: minutes at the start, faster steps on a GPU"""
     log_every: PositiveInt = 10
     """steps between lines of metrics"""
 
@@ -230,31 +299,52 @@ class OptimSection(Section):
 
 
 class ParallelSection(Section):
-    """The layout: how many ranks along each axis."""
+    """The layout: how many ranks along each axis. Ranks are numbered with tp fastest, then cp, dp_shard, dp_replicate, pp."""
 
     dp_replicate: PositiveInt = 1
     """copies of the sharded state (HSDP)"""
     dp_shard: AutoInt = "auto"
     """ranks that share one copy of parameters, gradients and optimizer state; auto = what is left of the world"""
-    sharding: Literal["optimizer", "gradients", "parameters"] = "gradients"
-    """what is sharded between uses: `parameters` gathers them in forward and in backward, `gradients` reduces gradients after
-    each micro-batch, `optimizer` only after the last"""
+    sharding: Literal["none", "optimizer", "gradients", "parameters"] = "gradients"
+    """what data-parallel ranks share out: `parameters` gathers them in forward and in backward, `gradients` reduces gradients after
+    each micro-batch, `optimizer` only after the last; `none` keeps a whole copy on each rank"""
     tp: PositiveInt = 1
-    """tensor (and sequence) parallel ranks"""
+    """tensor parallel ranks, over which rows are sharded too (sequence parallelism)"""
     pp: PositiveInt = 1
-    """pipeline stages"""
+    """pipeline ranks"""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
+    """order of a pipeline's work; interleaved, zbv and dualpipev give each rank two stages"""
+    pp_layers: list[PositiveInt] | None = None
+    """layers of each stage, from the first; default: split so that the costliest stage is as cheap as can be"""
     cp: PositiveInt = 1
-    """context parallel ranks"""
+    """context parallel ranks, which share out the positions of a row"""
+    cp_method: Literal["gather", "ulysses"] = "gather"
+    """gather: each rank has some queries and all keys and values; ulysses: each rank has some heads"""
     ep: PositiveInt = 1
     """expert parallel ranks"""
     expert_tp: PositiveInt = 1
-    """tensor parallel ranks inside an expert"""
+    """tensor parallel ranks inside an expert: 1 or tp"""
+    timeout_seconds: PositiveInt = 600
+    """a collective that takes longer ends the run with an error"""
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pp * (2 if self.pp > 1 and self.pp_schedule in ("interleaved", "zbv", "dualpipev") else 1)
 
     def conflicts(self) -> list[Conflict]:
-        """Axes that this version does not have yet."""
-        axes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep, "expert_tp": self.expert_tp}
-        rule = "only 1 is supported in this version"
-        return [Conflict(f"parallel.{axis}", n, rule, "use parallel.dp_shard") for axis, n in axes.items() if n != 1]
+        """Rules between the axes."""
+        found = []
+        if self.expert_tp not in (1, self.tp):
+            rule = f"must be 1 or parallel.tp={self.tp}"
+            found.append(Conflict("parallel.expert_tp", self.expert_tp, rule, "use one of the two"))
+        if self.pp > 1 and self.sharding == "parameters":
+            rule = "cannot be combined with pp: zero-bubble schedules would compute wrong gradients, others gather for each micro-batch"
+            found.append(Conflict("parallel.sharding", self.sharding, rule, "use gradients or optimizer"))
+        if self.pp_layers is not None and len(self.pp_layers) != self.stages:
+            rule = f"must name the layers of {self.stages} stages (pp={self.pp}, {self.pp_schedule})"
+            found.append(Conflict("parallel.pp_layers", self.pp_layers, rule, "give one number per stage"))
+        return found
 
 
 class EngineSection(Section):
@@ -319,7 +409,8 @@ class Config(Section):
 
     def conflicts(self) -> list[Conflict]:
         """Every broken rule between keys that can be seen without knowing the number of ranks."""
-        found = [*self.model.conflicts(), *self.parallel.conflicts()]
+        found = [*self.model.conflicts(), *self.parallel.conflicts(), *self._sharding_conflicts()]
+        found += self.model.router.layout_conflicts(self.parallel)
         train, optim = self.train, self.optim
         if train.global_batch_size % train.micro_batch_size:
             rule = f"must be a multiple of train.micro_batch_size={train.micro_batch_size}"
@@ -329,25 +420,89 @@ class Config(Section):
         if train.device == "cpu" and self.kernels.backend == "triton":
             rule = "needs CUDA, and train.device is cpu"
             found.append(Conflict("kernels.backend", "triton", rule, "use auto"))
+        if train.dtype == "fp64" and self.kernels.backend not in ("reference", "torch"):
+            rule = "must be reference or torch where train.dtype is fp64"
+            found.append(Conflict("kernels.backend", self.kernels.backend, rule, "set it to one of the two"))
         return found
 
     def layout_conflicts(self, world_size: int) -> list[Conflict]:
         """Every broken rule of the layout on `world_size` ranks."""
-        parallel, train = self.parallel, self.train
+        parallel = self.parallel
         fixed = parallel.dp_replicate * parallel.tp * parallel.pp * parallel.cp
-        found = []
         if world_size % fixed:
             rule = f"with dp_replicate*tp*pp*cp={fixed}, the number of ranks must be a multiple of {fixed}"
-            found.append(Conflict("world size", world_size, rule, "change the axes or --nproc-per-node"))
-        elif parallel.dp_shard != "auto" and parallel.dp_shard * fixed != world_size:
+            return [Conflict("world size", world_size, rule, "change the axes or --nproc-per-node")]
+        if parallel.dp_shard != "auto" and parallel.dp_shard * fixed != world_size:
             rule = f"times dp_replicate*tp*pp*cp={fixed} must be the number of ranks, {world_size}"
-            found.append(Conflict("parallel.dp_shard", parallel.dp_shard, rule, "use auto"))
-        data_ranks = max(world_size // (parallel.tp * parallel.pp * parallel.cp), 1)
-        if train.global_batch_size % (train.micro_batch_size * data_ranks):
-            rule = (
-                f"must be a multiple of train.micro_batch_size={train.micro_batch_size} times {data_ranks} data-parallel ranks"
-            )
-            found.append(Conflict("train.global_batch_size", train.global_batch_size, rule, "change the batch or the ranks"))
+            return [Conflict("parallel.dp_shard", parallel.dp_shard, rule, "use auto")]
+        shard = world_size // fixed
+        return [*self._batch_conflicts(parallel.dp_replicate * shard), *self._expert_conflicts(shard)]
+
+    def _batch_conflicts(self, data_ranks: int) -> list[Conflict]:
+        train, parallel = self.train, self.parallel
+        found = []
+        batch, micro = train.global_batch_size, train.micro_batch_size
+        if batch % (micro * data_ranks):
+            rule = f"must be a multiple of train.micro_batch_size={micro} times {data_ranks} data-parallel ranks"
+            found.append(Conflict("train.global_batch_size", batch, rule, "change the batch or the ranks"))
+            return found
+        count = batch // (micro * data_ranks)
+        if parallel.pp > 1 and parallel.pp_schedule == "dualpipev" and count < 2 * parallel.pp:
+            rule = f"gives {count} micro-batches to each pipeline; dualpipev needs at least 2*pp={2 * parallel.pp}"
+            found.append(Conflict("train.global_batch_size", batch, rule, "raise it or use another parallel.pp_schedule"))
+        if parallel.pp > 1 and parallel.pp_schedule == "interleaved" and count % parallel.pp:
+            rule = f"gives {count} micro-batches to each pipeline; interleaved needs a multiple of pp={parallel.pp}"
+            found.append(Conflict("train.global_batch_size", batch, rule, "change it or use another parallel.pp_schedule"))
+        return found
+
+    def _expert_conflicts(self, dp_shard: int) -> list[Conflict]:
+        parallel = self.parallel
+        if dp_shard * parallel.cp % parallel.ep:
+            rule = f"must divide dp_shard*cp={dp_shard}*{parallel.cp}, whose ranks share the experts out"
+            return [Conflict("parallel.ep", parallel.ep, rule, "use a divisor")]
+        return []
+
+    def _sharding_conflicts(self) -> list[Conflict]:
+        """Rules between the model's and rows' sizes and the axes that divide them."""
+        parallel, model, train = self.parallel, self.model, self.train
+        tp, cp = parallel.tp, parallel.cp
+        divided: list[tuple[str, int, str, int]] = [
+            ("model.num_heads", model.num_heads, "parallel.tp", tp),
+            ("model.num_kv_heads", model.kv_heads, "parallel.tp", tp),
+            ("model.num_experts", model.num_experts, "parallel.ep", parallel.ep),
+            ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.expert_tp", parallel.expert_tp),
+            ("model.shared_expert_size", model.shared_expert_size, "parallel.tp", tp),
+        ]
+        if model.has_dense_layers:
+            divided.append(("model.dense_ffn_hidden_size", model.dense_size, "parallel.tp", tp))
+        if model.vocab_size:
+            divided.append(("model.vocab_size", model.vocab_size, "parallel.tp", tp))
+        if cp > 1 and parallel.cp_method == "ulysses":
+            divided += [("model.num_heads", model.num_heads, "parallel.tp * parallel.cp", tp * cp)]
+            divided += [("model.num_kv_heads", model.kv_heads, "parallel.tp * parallel.cp", tp * cp)]
+            divided.append(("train.seq_len", train.seq_len, "parallel.cp * parallel.tp", cp * tp))
+        elif cp > 1:
+            divided.append(("train.seq_len", train.seq_len, "2 * parallel.cp * parallel.tp", 2 * cp * tp))
+        else:
+            divided.append(("train.seq_len", train.seq_len, "parallel.tp", tp))
+        remedy = "change one of the two"
+        found = [Conflict(key, n, f"must be a multiple of {name}={axis}", remedy) for key, n, name, axis in divided if n % axis]
+        return found + self._pipeline_conflicts()
+
+    def _pipeline_conflicts(self) -> list[Conflict]:
+        parallel, model = self.parallel, self.model
+        if parallel.pp == 1:
+            return []
+        found = []
+        if model.num_layers < parallel.stages:
+            rule = f"must be at least the {parallel.stages} pipeline stages (pp={parallel.pp}, {parallel.pp_schedule})"
+            found.append(Conflict("model.num_layers", model.num_layers, rule, "add layers or lower parallel.pp"))
+        if parallel.pp_layers is not None and sum(parallel.pp_layers) != model.num_layers:
+            rule = f"must add up to model.num_layers={model.num_layers}"
+            found.append(Conflict("parallel.pp_layers", parallel.pp_layers, rule, "change it"))
+        if self.train.recompute != "none" and parallel.pp_schedule in ("zbv", "dualpipev"):
+            rule = f"with pp_schedule={parallel.pp_schedule} a layer would be recomputed up to ten times"
+            found.append(Conflict("train.recompute", self.train.recompute, rule, "use 1f1b or interleaved, or recompute none"))
         return found
 
 

@@ -1,11 +1,11 @@
 """Bits per byte of a model on held-out text, and opening a trained model from its checkpoint."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint.state_dict as dcp_state
 from torch import Tensor
 
 from moe_train.checkpoint import dcp
@@ -16,13 +16,21 @@ from moe_train.data.loader import EvalRows
 from moe_train.data.tokenizer import Tokenizer, load_tokenizer
 from moe_train.data.writer import DatasetWriter
 from moe_train.engine.base import Sums
-from moe_train.engine.native import build_model, evaluate
+from moe_train.engine.native import Model
 from moe_train.errors import UserError
-from moe_train.model.decoder import Decoder
-from moe_train.parallel.mesh import World, start_world
+from moe_train.parallel.mesh import World, data_place, start_world
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer"
+_AXES = ("dp_replicate", "tp", "pp", "cp", "ep", "expert_tp")
+# A checkpoint opens on whatever is here, not in the layout that it was trained in.
+PLAIN = [
+    "train.device=auto",
+    "train.dtype=auto",
+    "parallel.dp_shard=auto",
+    "parallel.pp_layers=null",
+    *(f"parallel.{a}=1" for a in _AXES),
+]
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Restored:
 
     config: Config
     world: World
-    model: Decoder
+    model: Model
     tokenizer: Tokenizer
     step: int
     path: Path
@@ -41,12 +49,12 @@ def restore(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Restored
     """Open the checkpoint at `path`, or the newest of the run there, on this machine's device and ranks."""
     path = dcp.find(path)
     dcp.read_state(path)  # a damaged checkpoint is named as such before its config is read
-    config = load_run(path / CONFIG_FILE, ["train.device=auto", "train.dtype=auto", "parallel.dp_shard=auto", *overrides])
+    config = load_run(path / CONFIG_FILE, [*PLAIN, *overrides])
     world = start_world(config)
-    model = build_model(config, world)
-    state = {"model": dcp_state.get_model_state_dict(model)}
+    model = Model(config, world).materialise()
+    state = {"model": model.state_dict()}
     step = dcp.load(path, state)["step"]
-    dcp_state.set_model_state_dict(model, state["model"])
+    model.load_state_dict(state["model"])
     return Restored(config, world, model, load_tokenizer(path / TOKENIZER_FILE), step, path)
 
 
@@ -71,18 +79,19 @@ def evaluate_on(restored: Restored, data: str, scratch: Path) -> dict[str, float
     """`report` on a prepared corpus (its prefix) or on a text file, which is encoded into `scratch`; every token counts."""
     config, world = restored.config, restored.world
     prefix = data
-    if not beside(data, ".idx").exists():
+    if not os.path.exists(beside(data, ".idx")):
         prefix = str(_encode(Path(data), restored.tokenizer, scratch))
+    rank, size = data_place(config.parallel, world)
     rows = EvalRows(
         prefix,
         seq_len=config.train.seq_len,
         micro_batch_size=config.train.micro_batch_size,
-        dp_rank=world.rank,
-        dp_size=world.size,
+        dp_rank=rank,
+        dp_size=size,
         vocab_size=config.model.vocab_size,
         tokenizer=restored.tokenizer,
     )
-    return report(evaluate(restored.model, config, world, rows, byte_lengths(restored.tokenizer)))
+    return report(restored.model.evaluate(rows, byte_lengths(restored.tokenizer)))
 
 
 def _encode(path: Path, tokenizer: Tokenizer, scratch: Path) -> Path:

@@ -1,9 +1,13 @@
-"""Writing files so that nobody ever sees half of one under its final name."""
+"""Writing files so that nobody ever sees half of one under its final name, and what to say where they cannot be written."""
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
 from pathlib import Path
+
+from moe_train.errors import UserError
 
 
 def temporary_beside(path: str | os.PathLike[str]) -> Path:
@@ -38,3 +42,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(Path(path).parent)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to tell a user whose disk refuses a write at or below `path`."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = (
+        "make room, and the same command goes on" if full else "make it a folder that can be written, or choose another run.dir"
+    )
+    return UserError(f"{path}: cannot be written: {error.strerror or error}; {free}; {remedy}")

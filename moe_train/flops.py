@@ -7,7 +7,7 @@ parameter and token, plus the attention core (scores and weighted values), which
              (PaLM, arXiv 2204.02311, appendix B; torchtitan)
     causal   a query meets half of them: half of that (Megatron-LM)
 
-Active means: attention projections, the top_k chosen experts of a layer, shared experts, dense layers, the router (with the
+Active means: attention projections, the experts that a token visits in a layer, shared experts, dense layers, the router (with the
 module that all layers share counted once per MoE layer) and the output head. Not counted: embedding look-up, norms, biases,
 softmax, optimizer, recomputation, and the masking of packed documents, which makes the attention core cheaper than stated.
 """
@@ -24,6 +24,7 @@ from moe_kernels import Backend
 from moe_train.config import ModelConfig
 from moe_train.model.decoder import Block, Decoder
 from moe_train.model.moe import MoE
+from moe_train.model.routing import router_class
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Flops:
     attention: int  # parameters of q, k, v and output projections, all layers
     experts: int  # of the chosen experts
     shared_experts: int
-    dense: int  # of leading dense MLPs
+    dense: int  # of dense MLPs
     router: int  # weights that each token's routing uses, the shared cell once per MoE layer
     head: int
     attention_core: int  # training FLOP of scores and weighted values, full attention
@@ -58,24 +59,47 @@ def count_flops(config: ModelConfig, seq_len: int) -> Flops:
     """Cost per token of the model that `config` describes (`vocab_size` set) on rows of `seq_len` tokens.
 
     Weights are counted on a model built on meta, so a new router is counted without a formula of its own: each entry of a
-    parameter with two or more dimensions is one multiply-add per token. A router that looks rows up in a table instead of
-    multiplying by it is overcounted.
+    parameter with two or more dimensions is one multiply-add per token, unless `Router.active_params` says otherwise.
     """
-    with torch.device("meta"):
-        model = Decoder(config, _no_kernels())
+    model = _counted(config)
     parts = dict.fromkeys(("attention", "experts", "shared_experts", "dense", "router"), 0)
     for block in model.layers.values():
-        assert isinstance(block, Block)  # a ModuleDict does not know its values' type
-        parts["attention"] += _matrices(block.attention)
-        if isinstance(block.mlp, MoE):
-            parts["experts"] += _matrices(block.mlp.experts) * config.router.top_k // config.num_experts
-            parts["shared_experts"] += _matrices(block.mlp.shared_expert)
-            parts["router"] += _matrices(block.mlp.router) + _matrices(model.shared_router)
-        else:
-            parts["dense"] += _matrices(block.mlp)
-    head = _matrices(model.embedding if config.tie_embeddings else model.head)
+        for name, count in _parts(block, model).items():
+            parts[name] += count
     core = 12 * config.num_layers * config.num_heads * config.head_size * seq_len
-    return Flops(**parts, head=head, attention_core=core)
+    passes = 2 if router_class(config.router).two_passes else 1
+    parts = {name: passes * count for name, count in parts.items()}
+    return Flops(**parts, head=passes * _head(model), attention_core=passes * core)
+
+
+def layer_costs(config: ModelConfig, seq_len: int) -> tuple[list[float], float]:
+    """Training FLOP per token of each layer (attention core counted causal), and of the head: what a pipeline shares out."""
+    model = _counted(config)
+    core = 6 * config.num_heads * config.head_size * seq_len
+    return [6.0 * sum(_parts(block, model).values()) + core for block in model.layers.values()], 6.0 * _head(model)
+
+
+def _counted(config: ModelConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config, _no_kernels())
+
+
+def _parts(block: nn.Module, model: Decoder) -> dict[str, int]:
+    """Active matmul parameters of one block by part."""
+    assert isinstance(block, Block)  # a ModuleDict does not know its values' type
+    config, attention = model.config, _matrices(block.attention)
+    if not isinstance(block.mlp, MoE):
+        return {"attention": attention, "dense": _matrices(block.mlp)}
+    return {
+        "attention": attention,
+        "experts": _matrices(block.mlp.experts) * config.router.active_experts(config) // config.num_experts,
+        "shared_experts": _matrices(block.mlp.shared_expert),
+        "router": block.mlp.router.active_params() + _matrices(model.shared_router),
+    }
+
+
+def _head(model: Decoder) -> int:
+    return _matrices(model.embedding if model.config.tie_embeddings else model.head)
 
 
 def _matrices(module: nn.Module | None) -> int:

@@ -15,6 +15,7 @@ Names in a training row beside `loss`, each there where it applies:
     load_max_mean            load of the fullest expert / mean load: 1 is even, E / top_k is collapse; the worst layer
     entropy_min              mean entropy of the router's scores per token, nats; the lowest layer
     dead_experts             experts that no token chose in this step; the sum over layers
+    code_entropy             entropy of how often each code of a quantising router was chosen, nats; the lowest layer
     balance_loss, z_loss     mean per token, unweighted; mean over layers
     layers                   by layer name: tokens_per_expert [E], load_max_mean, entropy, dead_experts, balance_loss, ...
 
@@ -59,7 +60,7 @@ def router_health(stats: Mapping[str, Mapping[str, Tensor | float]], tokens: int
     `stats`: layer name -> tokens_per_expert [E] and scalar sums. The module's docstring lists the names that come out. Floats
     keep six digits, because a row of a deep model is long enough.
     """
-    layers = {name: _layer_health(_plain(sums), max(tokens, 1)) for name, sums in stats.items()}
+    layers = {name: _layer_health(_plain(_without_matrices(sums)), max(tokens, 1)) for name, sums in stats.items()}
     found: Row = {}
     for name in dict.fromkeys(name for layer in layers.values() for name in layer if name != "tokens_per_expert"):
         shown, over_layers = _OVER_LAYERS.get(name, (name, statistics.fmean))
@@ -72,7 +73,13 @@ _OVER_LAYERS: dict[str, tuple[str, Callable[[list[float]], float]]] = {
     "load_max_mean": ("load_max_mean", max),
     "entropy": ("entropy_min", min),
     "dead_experts": ("dead_experts", sum),
+    "code_entropy": ("code_entropy", min),
 }
+
+
+def _without_matrices(sums: Mapping[str, Any]) -> Row:
+    """What a router keeps for its own update is no measure, and long."""
+    return {name: value for name, value in sums.items() if getattr(value, "ndim", 0) < 2}
 
 
 def _layer_health(sums: Row, tokens: int) -> Row:
@@ -82,6 +89,8 @@ def _layer_health(sums: Row, tokens: int) -> Row:
         "load_max_mean": _six_digits(max(loads) * len(loads) / sum(loads)) if any(loads) else 0.0,
         "dead_experts": loads.count(0),
     }
+    if codes := sums.get("tokens_per_code"):
+        health["code_entropy"] = _six_digits(-sum(n / sum(codes) * math.log(n / sum(codes)) for n in codes if n))
     return health | {name: _six_digits(value / tokens) for name, value in sums.items() if not isinstance(value, list)}
 
 

@@ -1,14 +1,19 @@
 """AdamW over weight-decay groups, the learning-rate schedule, and clipping by the global norm."""
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_train.config import OptimSection
 from moe_train.model.layers import Embedding
+
+NO_COPIES: Mapping[nn.Parameter, int] = MappingProxyType({})
 
 
 def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
@@ -32,17 +37,34 @@ def learning_rate(config: OptimSection, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients that are there."""
-    return [p.grad for p in parameters if p.grad is not None]
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float | None, copies: Mapping[nn.Parameter, int] = NO_COPIES, stages: int = 1
+) -> Tensor:
+    """Scale all gradients so that their joint L2 norm over all ranks is at most `limit` (None = leave them); the norm before, fp64 [].
 
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale all gradients so that their joint L2 norm is at most `limit` (None = leave them); return the norm before, []."""
-    parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm(gradients(parameters))
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    Each logical element counts once, whatever mesh its parameter is on: a rank's part counts by the inverse of the number of ranks
+    that hold the same part. `stages`: pipeline ranks; `copies`: how many stages hold a parameter, for those that several do.
+    """
+    by_share = defaultdict[float, list[Tensor]](list)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            parts = 1
+            if isinstance(gradient, DTensor):
+                mesh = gradient.device_mesh
+                parts = math.prod(
+                    mesh.size(i) for i, placement in enumerate(gradient.placements) if not placement.is_replicate()
+                )
+                gradient = gradient.to_local()
+            by_share[parts * stages / (ranks * copies.get(parameter, 1))].append(gradient)
+    squares = [share * torch.stack(torch._foreach_norm(gs)).double().square().sum() for share, gs in by_share.items()]
+    total = torch.stack(squares).sum()
+    if ranks > 1:
+        dist.all_reduce(total)
+    norm = total.sqrt()
     if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradients in by_share.values():
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
     return norm

@@ -2,17 +2,22 @@
 
 A run folder holds `config.yaml` (resolved), `tokenizer`, `metrics.jsonl`, `checkpoints/step-00000100/`, `tensorboard/`, plots,
 `sample.txt`, and the traceback of a rank that failed. Starting again with the same `run.dir` goes on from the newest checkpoint.
+Nothing is written before it is clear that the run can start.
 """
 
 import contextlib
+import errno
+import logging
+import math
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from moe_train import plots
 from moe_train.checkpoint import dcp
+from moe_train.checkpoint.rng import RNG_FILE, restore_rng, rng_state
 from moe_train.cli import dump, load_run
 from moe_train.config import Config
 from moe_train.data.corpus import build_default_corpus
@@ -21,34 +26,47 @@ from moe_train.data.tokenizer import Tokenizer, load_tokenizer
 from moe_train.engine.native import NativeEngine
 from moe_train.errors import UserError
 from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, byte_lengths, report
+from moe_train.files import cannot_write, write_atomically
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.generate import generate
 from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
-from moe_train.parallel.mesh import World, start_world
+from moe_train.parallel.mesh import World, data_place, start_world
+from moe_train.startup import Startup
 from moe_train.stop import StopRequest
 
 DEFAULT_CORPUS = Path("data/stdlib")
 VOCAB_MULTIPLE = 64
 
+log = logging.getLogger(__name__)
+
 
 def train(config: Config, name: str = "run") -> Path:
     """Train `config` to its last step and return the run folder. `name` is used where the config names no folder."""
+    startup = Startup()
     world = start_world(config)
+    startup.mark("process group")
     config, tokenizer = settle_vocabulary(config)
     config = settle(config, world, name)
-    folder = Path(str(config.run.dir))
     if world.main:
-        _prepare_folder(folder, config, tokenizer)
-    dist.barrier()
+        for leak in config.model.leaks():
+            log.warning("not a causal model: %s", leak)
+    startup.mark("data")
+    folder = Path(str(config.run.dir))
     try:
+        check_model(folder / CONFIG_FILE, config)
         trainer = Trainer(config, world, tokenizer, folder)
+        startup.mark("model")
         trainer.resume()
-        trainer.run()
-    except UserError:
+        startup.mark("checkpoint")
+        _write_folder(folder, config, tokenizer)
+        trainer.run(startup)
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception:
-        (folder / f"error-rank{world.rank}.log").write_text(traceback.format_exc(), encoding="utf-8")
+    except BaseException as error:  # torch has exceptions that are no Exception
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cannot_write(folder, error) from error
+        _keep_traceback(folder / f"error-rank{world.rank}.log")
         raise
     return folder
 
@@ -76,7 +94,8 @@ def settle(config: Config, world: World, name: str) -> Config:
 def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
     """The config with `model.vocab_size` set, and the tokenizer. A size that is given may be larger than the tokenizer's."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    vocab = config.model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    multiple = math.lcm(VOCAB_MULTIPLE, config.parallel.tp)
+    vocab = config.model.vocab_size or -(-tokenizer.vocab_size // multiple) * multiple
     if vocab < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size={vocab}: smaller than the {tokenizer.vocab_size} ids of tokenizer {config.data.tokenizer}; "
@@ -88,31 +107,77 @@ def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
 def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
     """This rank's training batches."""
     assert config.data.train is not None  # settle() fills it in
+    rank, size = data_place(config.parallel, world)
     return Loader(
         config.data.train,
         seq_len=config.train.seq_len,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         seed=config.run.seed,
-        dp_rank=world.rank,
-        dp_size=world.size,
+        dp_rank=rank,
+        dp_size=size,
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
     )
 
 
-def _prepare_folder(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Make the run folder, or check that what is in it is this run."""
-    path = folder / CONFIG_FILE
-    if path.exists():
-        before = load_run(path)
-        if before.model != config.model:
-            raise UserError(
-                f"run.dir={folder}: holds a run with another model (see {path}); choose another run.dir, or give the same model"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump(config), encoding="utf-8")
-    tokenizer.save(folder / TOKENIZER_FILE)
+def eval_rows(config: Config, world: World, tokenizer: Tokenizer, split: str, max_rows: int | None = None) -> EvalRows:
+    """This rank's rows of `valid` or `test`."""
+    rank, size = data_place(config.parallel, world)
+    return EvalRows(
+        getattr(config.data, split),
+        seq_len=config.train.seq_len,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=rank,
+        dp_size=size,
+        max_rows=max_rows,
+        vocab_size=config.model.vocab_size,
+        tokenizer=tokenizer,
+    )
+
+
+def check_model(path: Path, config: Config) -> None:
+    """Raise UserError where the run of file `path` has another model than `config`; a file that is not there has none."""
+    if not path.exists():
+        return
+    there, here = (_flat(run.model.model_dump()) for run in (load_run(path), config))
+    differ = [f"{key}={there.get(key)} there, {here.get(key)} here" for key in here | there if there.get(key) != here.get(key)]
+    if differ:
+        raise UserError(
+            f"{path.parent} holds a run with another model ({path.name}: {'; '.join(differ)}); "
+            "choose another run.dir, or give the same model"
+        )
+
+
+def _flat(section: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
+    """Keys with their whole path, sections resolved."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return found
+
+
+def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Make the run folder on rank 0, without what a killed run has left there. Every rank calls this."""
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        dcp.clean(folder / "checkpoints")
+        write_atomically(folder / CONFIG_FILE, dump(config).encode())
+        tokenizer.save(folder / TOKENIZER_FILE)
+
+    try:
+        dcp.on_main(write)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _keep_traceback(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error itself is what matters
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
 
 
 class Trainer:
@@ -123,7 +188,10 @@ class Trainer:
         self.engine = NativeEngine(config, world)
         self.lengths = byte_lengths(tokenizer)
         self.loader = data_loader(config, world, tokenizer)
+        self.validation = eval_rows(config, world, tokenizer, "valid", config.eval.max_rows)
+        self.whole_splits = {split: eval_rows(config, world, tokenizer, split) for split in ("valid", "test")}
         self.start = 0
+        self.resumed = ""  # from where, for people
         self.log: RunLog | None = None
 
     def resume(self) -> None:
@@ -131,13 +199,20 @@ class Trainer:
         found = dcp.checkpoints(self.folder / "checkpoints")
         if not found:
             return
+        path, steps = found[-1], self.config.train.steps
+        self.start = dcp.read_state(path)["step"]
+        check_model(path / CONFIG_FILE, self.config)
+        if self.start > steps:
+            raise UserError(f"train.steps={steps}: {path} is beyond that; raise train.steps, or choose another run.dir")
         tensors = self.engine.state_dict()
-        state = dcp.load(found[-1], tensors)
+        state = dcp.load(path, tensors)
+        self.loader.load_state_dict(state.get("loader"))
         self.engine.load_state_dict(tensors)
-        self.engine.steps_done = self.start = state["step"]
-        self.loader.load_state_dict(state["loader"])
+        self.engine.steps_done = self.start
+        anew = "" if restore_rng(path, self.world.device) else "; torch's generators start anew on other ranks or devices"
+        self.resumed = f"resumed at step {self.start} from {path}{anew}"
 
-    def run(self) -> None:
+    def run(self, startup: Startup) -> None:
         """Train from where the run stands to its last step; then test, sample and draw."""
         config, steps = self.config, self.config.train.steps
         rate = matmul_rate(self.world.device, self.world.dtype)
@@ -148,17 +223,20 @@ class Trainer:
             self._say(
                 f"run {self.folder}: {self.world.reason}; MFU against {rate.source}, {rate.flops / 1e12:.3g} TFLOP/s a rank"
             )
-            if self.start:
-                self._say(f"resumed at step {self.start}")
+            if self.resumed:
+                self._say(self.resumed)
+            startup.mark("log")
+            self._say(startup.describe())
             stop = stack.enter_context(StopRequest(self.world))
             for step in range(self.start + 1, steps + 1):
                 self._step(step, throughput)
                 stopping = stop.agreed()
                 with throughput.pause():
                     if config.eval.every and step % config.eval.every == 0 and step < steps:
-                        self._evaluate(step, "valid", config.eval.max_rows)
-                    if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                        self._save(step)
+                        self._evaluate(step, "valid", self.validation)
+                    last = stopping or step == steps
+                    if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                        self._save(step, last)
                 if stopping and step < steps:
                     self._say(f"stopped by {stop.name or 'a signal to another rank'} at step {step}; the same command goes on")
                     return
@@ -183,39 +261,37 @@ class Trainer:
         }
         self.log.train(step, row | throughput.row() | router_health(result.stats, batch.token_count))
 
-    def _evaluate(self, step: int, split: str, max_rows: int | None) -> None:
-        config = self.config
-        rows = EvalRows(
-            getattr(config.data, split),
-            seq_len=config.train.seq_len,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=self.world.rank,
-            dp_size=self.world.size,
-            max_rows=max_rows,
-            vocab_size=config.model.vocab_size,
-            tokenizer=self.tokenizer,
-        )
+    def _evaluate(self, step: int, split: str, rows: EvalRows) -> None:
         figures = report(self.engine.evaluate(rows, self.lengths))
         if self.log is not None:
             self.log.evaluation(step, split, figures)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, last: bool) -> None:
+        """Write a checkpoint. Where the disk refuses, training goes on until the `last` one, which nothing can follow."""
         if self.log is not None:
             self.log.sync()  # a checkpoint presumes the rows up to its step
-        folder = self.folder / "checkpoints"
-        files = {name: (self.folder / name).read_bytes() for name in (CONFIG_FILE, TOKENIZER_FILE)}
-        dcp.save(folder, step, self.engine.state_dict(), {"loader": self.loader.state_dict()}, files)
+        folder, keep = self.folder / "checkpoints", self.config.checkpoint
+        files = {RNG_FILE: rng_state(self.world.device)}
         if self.world.main:
-            dcp.keep(folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-        dist.barrier()
+            files |= {name: (self.folder / name).read_bytes() for name in (CONFIG_FILE, TOKENIZER_FILE)}
+        try:
+            dcp.save(folder, step, self.engine.state_dict(), {"loader": self.loader.state_dict()}, files)
+        except UserError as error:
+            if last:
+                raise UserError(f"step {step} is not saved: {error}") from error
+            self._say(
+                f"warning: step {step} is not saved: {error}; training goes on, and the next checkpoint is tried as usual"
+            )
+            return
+        dcp.on_main(lambda: dcp.keep(folder, keep.keep_last, keep.keep_every))
 
     def _finish(self, step: int, throughput: Throughput) -> None:
-        self._evaluate(step, "valid", None)
-        self._evaluate(step, "test", None)
+        for split, rows in self.whole_splits.items():
+            self._evaluate(step, split, rows)
         sample = self.config.sample
         if sample.max_tokens:
             text = generate(
-                self.engine.model,
+                self.engine.model.logits,
                 self.tokenizer,
                 sample.prompt,
                 max_tokens=sample.max_tokens,
@@ -228,6 +304,8 @@ class Trainer:
                 (self.folder / "sample.txt").write_text(sample.prompt + text, encoding="utf-8")
             self._say(f"sample:\n{sample.prompt}{text}")
         if self.world.main:
+            from moe_train import plots  # imported here because matplotlib takes long, and the first step would wait for it
+
             plots.draw(self.folder, self._say)
         speed = throughput.average()
         if speed:

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_train.data.sidecar import UNKNOWN_LABEL, read_sidecar
-from moe_train.data.tokenizer import Tokenizer, load_tokenizer
+from moe_train.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moe_train.errors import UserError
 
 Int64s = npt.NDArray[np.int64]
@@ -94,8 +94,8 @@ class IndexedDataset:
             raise UserError(
                 f"dataset file {path} does not exist; a dataset is named by its path without .bin or .idx"
             ) from None
-        except OSError as error:
-            raise UserError(f"dataset file {path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"dataset file {path}: {error}") from None
 
     def _map(self, suffix: str) -> npt.NDArray[np.uint8]:
         path = beside(self.prefix, suffix)
@@ -141,6 +141,8 @@ class IndexedDataset:
         end = int(self._offsets[-1]) + int(self._sizes[-1]) * width if n else 0
         if end != bin_bytes:
             self._damaged(".bin", f"it has {bin_bytes} bytes, its index ends at byte {end}")
+        if bin_bytes % width:
+            self._damaged(".bin", f"its {bin_bytes} bytes are no whole number of tokens of {width} bytes")
         if n and self._offsets[0] != 0:
             self._damaged(".idx", f"the first sequence starts at byte {self._offsets[0]}, not 0")
         if self._boundaries[0] != 0 or self._boundaries[-1] != n:
@@ -323,7 +325,12 @@ def load_dataset_tokenizer(prefix: str | os.PathLike[str]) -> Tokenizer | None:
     if sidecar is None:
         return None
     file = sidecar.tokenizer_file
-    tokenizer = load_tokenizer(path.parent / file if file else sidecar.tokenizer)
+    if file is None and sidecar.tokenizer != ByteTokenizer.name:
+        raise UserError(
+            f"dataset sidecar {path}: tokenizer {sidecar.tokenizer!r} needs a tokenizer_file; only {ByteTokenizer.name!r} has none; "
+            "prepare the data again"
+        )
+    tokenizer = load_tokenizer(path.parent / file if file is not None else ByteTokenizer.name)
     if tokenizer.fingerprint != sidecar.fingerprint:
         raise UserError(
             f"dataset {path} was made with tokenizer {sidecar.fingerprint}, but {file or sidecar.tokenizer} is "

@@ -23,6 +23,7 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 
 STATE_VERSION = 1
+MAX_SAMPLES = 2**48  # of a run: sums of them stay far below 2**63
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,17 @@ class Loader:
         data = [{"prefix": str(d.prefix), "tokens": d.num_tokens, "fingerprint": d.fingerprint} for d in self._stream.datasets]
         return {"version": STATE_VERSION, "samples": self._cursor, "seed": self._seed, "seq_len": self._seq_len, "data": data}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Go to a place that `state_dict` returned; ranks and batch sizes may have changed since, and data may have moved.
 
         Raises UserError, naming what differs, when it is not a place in this data, row length and order.
         """
-        if state.get("version") != STATE_VERSION:
-            raise UserError(f"loader state has version {state.get('version')!r}; this code reads {STATE_VERSION}")
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != STATE_VERSION:
+            raise UserError(f"loader state has version {version!r}; this code reads {STATE_VERSION}; use another checkpoint")
         mine = self.state_dict()
-        if not isinstance(state.get("samples"), int) or mine.keys() - state.keys():
-            raise UserError(f"loader state {state} is no place in the data; start from another checkpoint")
+        if not _is_place(state, mine):
+            raise UserError(f"loader state {state!r} is no place in the data; start from another checkpoint")
         for key, name in (("seq_len", "train.seq_len"), ("seed", "the data seed")):
             if state[key] != mine[key]:
                 raise UserError(
@@ -199,6 +201,14 @@ class EvalRows:
             rows = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
             starts = np.where(rows < self.num_rows, rows * self._seq_len, self._stream.num_tokens)
             yield _make_batch(self._stream, rows, starts, self._seq_len)
+
+
+def _is_place(state: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether a saved state has the entries of `mine` and numbers that a run can reach."""
+    samples, data = state.get("samples"), state.get("data")
+    if mine.keys() - state.keys() or type(samples) is not int or not 0 <= samples <= MAX_SAMPLES or not isinstance(data, list):
+        return False
+    return all(isinstance(entry, dict) and not mine["data"][0].keys() - entry.keys() for entry in data)
 
 
 def _check_sizes(seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:

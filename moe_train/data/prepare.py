@@ -132,9 +132,9 @@ def prepare(inputs: Inputs, output: str | os.PathLike[str], tokenizer: Tokenizer
 
 
 def _files_of(path: Path, without: set[Path]) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for names that no file can have
         raise UserError(f"input {path} does not exist")
     files = []
     for folder, folders, names in os.walk(path):

@@ -38,7 +38,7 @@ def is_sidecar(path: Path) -> bool:
     """Say whether a file is a sidecar of ours, of any version, so that a writer may replace it."""
     try:
         fields = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and fields.get("format") == FORMAT
 
@@ -49,11 +49,11 @@ def read_sidecar(path: Path) -> Sidecar | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise UserError(f"dataset sidecar {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"dataset sidecar {path}: {error}") from None
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"dataset sidecar {path} is no JSON ({error}); prepare the data again, or remove it") from None
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not the dataset sidecar that its name promises (no format {FORMAT}); rename it")

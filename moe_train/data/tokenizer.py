@@ -223,12 +223,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     if source == ByteTokenizer.name:
         return ByteTokenizer()
     path = Path(source)
-    if not path.is_file():
-        raise UserError(
-            f"tokenizer {os.fspath(source)}: neither 'bytes' nor a file that exists (make corpus makes the quickstart's)"
-        )
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        if not path.is_file():
+            raise UserError(f"tokenizer {path}: neither 'bytes' nor a file that exists (make corpus makes the quickstart's)")
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"tokenizer file {path}: {error.strerror}") from None
     if start.startswith(b"{"):
         if start.strip() == json.dumps({"tokenizer": ByteTokenizer.name}).encode():
             return ByteTokenizer()

@@ -3,6 +3,8 @@
 Shapes: B rows, S positions, D hidden, H query heads, G key and value heads, d head width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,14 +15,20 @@ from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.routing import BatchInfo, Segments
 
 Rotary = tuple[Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Segments | None"], Tensor]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with RoPE and optional RMSNorm on query and key heads."""
+    """Grouped-query attention (arXiv 2305.13245) with RoPE and optional RMSNorm on query and key heads.
+
+    `attend` is replaced from outside where ranks share positions out.
+    """
+
+    attend: Attend
 
     def __init__(self, config: ModelConfig, kernels: Backend) -> None:
         super().__init__()
-        self.head_dim, self.kernels = config.head_size, kernels
+        self.head_dim, self.kernels, self.attend = config.head_size, kernels, attend
         size, std, wide, narrow = config.hidden_size, config.init_std, config.num_heads, config.kv_heads
         self.q = Linear(size, wide * self.head_dim, std)
         self.k = Linear(size, narrow * self.head_dim, std)
@@ -35,7 +43,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.kernels.rope(q, *rotary), self.kernels.rope(k, *rotary)
-        return self.out(attend(q, k, v, batch.segments).flatten(-2))
+        return self.out(self.attend(q, k, v, batch.segments).flatten(-2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Initial values, drawn from a seed per parameter name, so that no layout changes them.
 
-A module that owns parameters or buffers has an attribute `initial`: name -> Normal, Uniform or Constant.
+A module that owns parameters or buffers has an attribute `initial`: name -> Normal, Uniform, Constant or Orthogonal.
 """
 
 import hashlib
@@ -31,7 +31,13 @@ class Constant(NamedTuple):
     value: float
 
 
-Initial = Normal | Uniform | Constant
+class Orthogonal(NamedTuple):
+    """A matrix with orthogonal rows (columns, where it has more rows) of length `gain`."""
+
+    gain: float
+
+
+Initial = Normal | Uniform | Constant | Orthogonal
 
 
 @torch.no_grad()
@@ -55,6 +61,8 @@ def draw(name: str, initial: Initial, shape: torch.Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if isinstance(initial, Normal):
         return values.normal_(0.0, initial.std, generator=generator)
+    if isinstance(initial, Orthogonal):
+        return nn.init.orthogonal_(values, initial.gain, generator=generator)
     return values.uniform_(-initial.bound, initial.bound, generator=generator)
 
 

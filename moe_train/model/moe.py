@@ -1,26 +1,98 @@
 """The mixture-of-experts layer: a router, experts and a shared expert. Shapes: B rows, S positions, T = B * S, D hidden, K choices."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
 from torch import Tensor, nn
 
 from moe_kernels import Backend
 from moe_train.config import ModelConfig
-from moe_train.model.experts import Experts
+from moe_train.model.experts import Experts, Merge
 from moe_train.model.layers import SwiGLU
-from moe_train.model.routing import router_class
+from moe_train.model.routing import Routing, router_class
+
+
+class Dispatcher(Protocol):
+    """How rows come to their experts and back: on this rank alone, or over the ranks that share the experts."""
+
+    def plan(self, expert_ids: Tensor) -> Any:
+        """What `dispatch` needs to know about the ids [n, K]; made once per forward, never recomputed."""
+        ...
+
+    def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, plan: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [n, D] -> the rows that this rank's experts work on, their local ids (-1: another rank's) and weights."""
+        ...
+
+    def combine(self, rows: Tensor, plan: Any) -> Tensor:
+        """This rank's experts' results -> [n, D], each row's sum over all ranks."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def plan(self, expert_ids: Tensor) -> None:
+        """Nothing to plan."""
+
+    def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, plan: None) -> tuple[Tensor, Tensor, Tensor]:
+        """The identity."""
+        return rows, expert_ids, weights
+
+    def combine(self, rows: Tensor, plan: None) -> Tensor:
+        """The identity."""
+        return rows
+
+
+class PlannedExperts(NamedTuple):
+    """`moe_train.model.routing.ExpertCall` of one layer and one forward."""
+
+    experts: Experts
+    dispatcher: Dispatcher
+    plan: Any
+
+    def __call__(self, rows: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """rows [n, D], ids and weights [n, K] -> [n, D]."""
+        there, ids, scale = self.dispatcher.dispatch(rows, expert_ids, weights, self.plan)
+        return self.dispatcher.combine(self.experts(there, ids, scale), self.plan)
+
+    def merged(self, rows: Tensor, merged_ids: Tensor, merge: Merge) -> Tensor:
+        """rows [T, D], each through the merged expert that merged_ids [T, 1] names -> [T, D]. All experts must be here."""
+        return self.experts(rows, merged_ids, rows.new_ones(merged_ids.shape), merge)
+
+
+def run_in_turn(routed: Callable[[], Tensor], shared: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """One after the other."""
+    return routed(), shared()
 
 
 class MoE(nn.Module):
-    """Router, experts and an optional shared expert that every token visits. The block calls the router, then `mix`."""
+    """Router, experts and an optional shared expert that every token visits. The block calls the router, then `plan`, then `mix`.
+
+    `run_both` runs the experts and the shared expert; parallelism replaces it, to hide communication, as it does `dispatcher`.
+    """
+
+    run_both: Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Backend) -> None:
         super().__init__()
         self.router = router_class(config.router)(config.router, config, layer, kernels)
+        if config.router.frozen:
+            self.router.requires_grad_(False)
         self.experts = Experts(config, kernels)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.run_both = run_in_turn
         self.shared_expert = None
         if config.shared_expert_size:
             self.shared_expert = SwiGLU(config.hidden_size, config.shared_expert_size, config.init_std, kernels)
 
-    def mix(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """x [B, S, D] and what the router decided, [T, K] each -> [B, S, D]."""
-        out = self.experts(x.flatten(0, 1), expert_ids, weights).view_as(x)
-        return out if self.shared_expert is None else out + self.shared_expert(x)
+    def plan(self, routing: Routing) -> PlannedExperts:
+        """The experts, ready for what the router decided. Ranks may exchange row counts here."""
+        return PlannedExperts(self.experts, self.dispatcher, self.dispatcher.plan(routing.expert_ids))
+
+    def mix(self, x: Tensor, routing: Routing, experts: PlannedExperts) -> Tensor:
+        """x [B, S, D], what the router decided and `plan` gave -> [B, S, D]."""
+        if self.shared_expert is None:
+            return self.router.mix(x, routing, experts)
+        routed, shared = self.run_both(lambda: self.router.mix(x, routing, experts), partial(self.shared_expert, x))
+        return routed + shared

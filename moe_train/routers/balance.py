@@ -31,7 +31,7 @@ def balance_loss(choice: TopK, batch: BatchInfo, scope: BalanceScope, previous: 
         if scope == "micro_batch":
             counts = choice.tokens_per_expert.expand(rows, num_experts)
         else:
-            counts = _count_rows(choice.expert_ids.view(rows, -1), num_experts)
+            counts = count_choices(choice.expert_ids.view(rows, -1), num_experts)
         counts = batch.sum(counts.to(probs.dtype))
         fractions = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     return num_experts * (fractions * probs.sum(1)).sum()
@@ -50,7 +50,7 @@ def routing_stats(choice: TopK) -> dict[str, Tensor]:
     return {"tokens_per_expert": choice.tokens_per_expert.long(), "entropy": entropy}
 
 
-def _count_rows(expert_ids: Tensor, num_experts: int) -> Tensor:
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
     """How often each row [B, n] of ids chose each expert: [B, E] int64. Empty slots (-1) fall into a column that is cut off."""
     columns = torch.where(expert_ids < 0, num_experts, expert_ids).long()
     counts = columns.new_zeros(expert_ids.shape[0], num_experts + 1)

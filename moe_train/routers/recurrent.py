@@ -12,22 +12,34 @@ layer owns its projector A_l and its scorer C_l. Equations 3 to 5 of the paper, 
     s = h' C_l                                         C_l: [P, E]; then top-k as in topk.py
 
 State: h, fp32, P floats per token (lstm: h and c, 2P), zero before the first layer. `passing: none` is the paper's NP ablation (the
-cell starts from zero at each layer), `detached` passes values without gradients. Traps: the initial logits are about 15 times flatter
-than a linear gate's (small A and C multiply), so part of a comparison may be scale; the cell's weights belong to every layer, so a
-layout that puts layers on different ranks must sum their gradients.
+cell starts from zero at each layer), `detached` passes values without gradients.
+
+Variants of the paper. Gate residual ("r"): with a = `residual` (and `passing: none`), experts are chosen from and weighted by
+softmax(s_l) + a softmax(s_l-1); the state carries the last layer's E scores too, and `detach_residual` stops their gradient
+("detach-r"). The paper does not say whether the sum is divided by 1 + a; where `renormalize` is on it makes no difference.
+XMoE + GRU: `scoring: cosine` scores the state as xmoe.py does hidden rows, in `cosine_size` dimensions. Fine-tuning with a frozen
+router is `frozen`; with a frozen router and GRU, `frozen` and `frozen_cell`.
+
+Cost per token: 2 D P + 12 P^2 + 2 P E FLOP with a GRU (RNN: 4 P^2, LSTM: 16 P^2), and 4 P bytes of state to read and to write.
+
+Traps: the initial logits are about 15 times flatter than a linear gate's (small A and C multiply), so part of a comparison may be
+scale: `initial_logits: linear` starts with a larger C, so that the first layer's logits spread as a linear gate's do (deeper ones,
+whose state has grown, up to a fifth wider). The cell's weights belong to every layer, so a layout that puts layers on different
+ranks must sum their gradients.
 """
 
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_kernels import Backend
-from moe_train.config import ModelConfig
+from moe_kernels import Backend, TopK
+from moe_train.config import Conflict, ModelConfig
 from moe_train.model.init import Normal, Uniform
 from moe_train.model.routing import BatchInfo, Routing, register
+from moe_train.routers.cosine import CosineScorer
 from moe_train.routers.topk import TokenChoice, TokenChoiceConfig
 
 GATES = {"gru": 3, "rnn": 1, "lstm": 4}
@@ -46,6 +58,28 @@ class RecurrentConfig(TokenChoiceConfig):
     """layer: each layer projects its hidden rows to P; shared: the cell reads hidden rows directly"""
     passing: Literal["full", "none", "detached"] = "full"
     """what goes from layer to layer: the state with its gradient, nothing, or the state alone"""
+    residual: NonNegativeFloat = 0.0
+    """weight of the previous layer's scores, which are added to this layer's (the paper: 0.5 or 1 with passing=none); 0 = none"""
+    detach_residual: bool = False
+    """no gradient through the previous layer's scores"""
+    scoring: Literal["linear", "cosine"] = "linear"
+    """how the state is scored: by a matrix, or by its cosine to the experts in a few dimensions (X-MoE)"""
+    cosine_size: PositiveInt = 16
+    """dimensions of cosine scoring"""
+    temperature: PositiveFloat = 0.3
+    """initial temperature of cosine scoring"""
+    initial_logits: Literal["published", "linear"] = "published"
+    """spread of the first logits: as published, some 15 times flatter than a linear gate's, or as a linear gate's"""
+    frozen_cell: bool = False
+    """the recurrent cell is not trained (fine-tuning)"""
+
+    def conflicts(self, model: ModelConfig) -> list[Conflict]:
+        """A temperature sets the spread of cosine logits."""
+        found = super().conflicts(model)
+        if self.scoring == "cosine" and self.initial_logits == "linear":
+            rule = "the spread of cosine logits is set by model.router.temperature"
+            found.append(Conflict("model.router.initial_logits", "linear", rule, "leave it out, or use scoring=linear"))
+        return found
 
 
 class Cell(nn.Module):
@@ -75,6 +109,26 @@ class Cell(nn.Module):
         return torch.cat([o.sigmoid() * c.tanh(), c], -1)
 
 
+def _cell_columns(config: RecurrentConfig) -> int:
+    return config.router_size * (2 if config.cell == "lstm" else 1)
+
+
+def linear_std(config: RecurrentConfig, model: ModelConfig) -> float:
+    """Standard deviation of C with which the first layer's logits spread as those of a linear gate with `model.init_std`.
+
+    The cell's pre-activations are sums of many terms, so nearly normal; the mean square of h is taken over a sample of them.
+    """
+    size, std = config.router_size, model.init_std
+    row = (
+        std**2 * model.hidden_size * size if config.projector == "layer" else model.hidden_size
+    )  # |z|^2 where x has mean square 1
+    spread = ((row + 2) / (3 * size)) ** 0.5  # weights and the two biases are uniform in +-size^-1/2
+    a, b, c = (spread * torch.randn(3, 1 << 16, generator=torch.Generator().manual_seed(0), device="cpu")).unbind()
+    kinds = {"rnn": a.tanh(), "gru": a.sigmoid() * b.tanh(), "lstm": a.sigmoid() * (b.sigmoid() * c.tanh()).tanh()}
+    mean_square = float(kinds[config.cell].square().mean())
+    return std * (model.hidden_size / (size * mean_square)) ** 0.5
+
+
 def _lift(z: Tensor, state: Tensor) -> Tensor:
     """z in the state's dtype (fp32, or fp64 in an fp64 model)."""
     return z.to(state.dtype)
@@ -88,27 +142,45 @@ class RecurrentRouter(TokenChoice):
 
     def __init__(self, config: RecurrentConfig, model: ModelConfig, layer: int, kernels: Backend) -> None:
         super().__init__(config, model, layer, kernels)
-        self.initial |= {"scorer": Normal(model.init_std), "projector": Normal(model.init_std)}
         if config.projector == "layer":
             self.projector = nn.Parameter(torch.empty(config.router_size, model.hidden_size))
-        self.scorer = nn.Parameter(torch.empty(model.num_experts, config.router_size))
+            self.initial["projector"] = Normal(model.init_std)
+        self.scorer: nn.Parameter | CosineScorer
+        if config.scoring == "cosine":
+            self.scorer = CosineScorer(model, config.router_size, config.cosine_size, config.temperature)
+        else:
+            self.scorer = nn.Parameter(torch.empty(model.num_experts, config.router_size))
+            std = model.init_std if config.initial_logits == "published" else linear_std(config, model)
+            self.initial["scorer"] = Normal(std)
 
     @staticmethod
-    def state_size_of(config: RecurrentConfig) -> int:
-        """Columns of router state per token."""
-        return config.router_size * (2 if config.cell == "lstm" else 1)
+    def state_size_of(config: RecurrentConfig, model: ModelConfig) -> int:
+        """Columns of router state per token: the cell's, then the scores where a residual needs them."""
+        return _cell_columns(config) + (model.num_experts if config.residual else 0)
 
     @staticmethod
     def make_shared(config: RecurrentConfig, model: ModelConfig, kernels: Backend) -> nn.Module:
         """The cell that all layers share."""
         input_size = config.router_size if config.projector == "layer" else model.hidden_size
-        return Cell(config.cell, input_size, config.router_size, kernels)
+        return Cell(config.cell, input_size, config.router_size, kernels).requires_grad_(not config.frozen_cell)
 
     def forward(self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: object = None) -> Routing:
         """x [B, S_local, D], state [B, S_local, R] -> Routing with the next state."""
         assert shared is not None  # the decoder makes it with make_shared
         z = F.linear(x, self.projector.to(x.dtype)) if self.config.projector == "layer" else x
-        before = {"full": state, "none": torch.zeros_like(state), "detached": state.detach()}[self.config.passing]
-        after = shared(z.flatten(0, 1), before.flatten(0, 1)).view_as(state)
-        hidden = after[..., : self.config.router_size]
-        return self.choose(hidden.to(x.dtype), self.scorer, after, batch)
+        columns = _cell_columns(self.config)
+        passed, scores = state[..., :columns], state[..., columns:]
+        before = {"full": passed, "none": torch.zeros_like(passed), "detached": passed.detach()}[self.config.passing]
+        after = shared(z.flatten(0, 1), before.flatten(0, 1)).view_as(before)
+        hidden = after[..., : self.config.router_size].to(x.dtype)
+        rows, weight = self.scorer(hidden) if isinstance(self.scorer, CosineScorer) else (hidden, self.scorer)
+        if self.config.residual:
+            return self._add_residual(self.score(rows, weight), after, scores, batch)
+        return self.choose(rows, weight, after, batch)
+
+    def _add_residual(self, choice: TopK, after: Tensor, previous: Tensor, batch: BatchInfo) -> Routing:
+        """Choose from this layer's scores and the `previous` layer's [B, S_local, E], which are zero before the first."""
+        config, state = self.config, torch.cat([after, choice.scores.view_as(previous)], -1)
+        previous = previous.detach() if config.detach_residual else previous
+        mixed = choice._replace(scores=choice.scores + config.residual * previous.flatten(0, 1))
+        return self.route(self.take(mixed, self.best(mixed.scores)), state, batch)

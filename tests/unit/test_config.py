@@ -51,6 +51,24 @@ def test_extends_and_overrides(tmp_path: Path) -> None:
     assert config.data.train == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "blocks"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"moe_layer_freq": 2}, [0, 2, 4]),
+        ({"moe_layer_freq": 2, "num_dense_layers": 1}, [2, 4]),
+        ({"num_dense_layers": 4}, [4, 5]),
+        ({"moe_layer_freq": 5}, [0, 5]),
+        ({"moe_layer_freq": [0, 1, 1, 0, 0, 1]}, [1, 2, 5]),
+        ({"moe_layer_freq": [1, 1, 1, 0, 0, 1], "num_dense_layers": 2}, [2, 5]),
+    ],
+)
+def test_which_blocks_have_experts(keys: dict, blocks: list[int]) -> None:
+    model = parse({"model": {"num_layers": 6, **keys}}, "test").model
+    assert list(model.moe_layers) == blocks
+    assert model.has_dense_layers == (len(blocks) < 6)
+
+
 def test_another_router_drops_the_keys_of_the_old_one(tmp_path: Path) -> None:
     path = write(tmp_path, "run.yaml", "model: {router: {name: recurrent, router_size: 32, top_k: 3}}\n")
     assert load_run(path).model.router == RecurrentConfig(router_size=32, top_k=3)
@@ -64,11 +82,11 @@ def test_all_problems_are_in_one_report() -> None:
             "model": {"hidden_siz": 3, "num_heads": 5, "router": {"name": "topk", "topk": 3, "top_k": 9}},
             "train": {"steps": -1, "global_batch_size": 7, "micro_batch_size": 2},
             "optm": {},
-            "parallel": {"tp": 2},
+            "parallel": {"tp": 2, "expert_tp": 4, "ep": 3, "pp": 2, "sharding": "parameters", "pp_layers": [1, 2, 3]},
         }
     )
     for part in (
-        "file.yaml: 8 problem(s)",
+        "file.yaml: 14 problem(s)",
         "did you mean model.hidden_size?",
         "model.num_heads=5: must divide model.hidden_size=128; change it or set model.head_dim",
         "did you mean model.router.top_k?",
@@ -76,7 +94,10 @@ def test_all_problems_are_in_one_report() -> None:
         "train.steps=-1: input should be greater than 0",
         "train.global_batch_size=7: must be a multiple of train.micro_batch_size=2",
         "did you mean optim?",
-        "parallel.tp=2: only 1 is supported",
+        "parallel.expert_tp=4: must be 1 or parallel.tp=2",
+        "parallel.sharding=parameters: cannot be combined with pp",
+        "parallel.pp_layers=[1, 2, 3]: must name the layers of 2 stages",
+        "model.num_experts=8: must be a multiple of parallel.ep=3",
     ):
         assert part in text, text
 
@@ -95,8 +116,19 @@ def test_all_problems_are_in_one_report() -> None:
         ({"parallel": {"dp_shard": "all"}}, "parallel.dp_shard='all'"),
         ({"model": {"router": {"name": "topk", "top_k": 1}}}, "no gradient from the task"),
         ({"model": {"num_dense_layers": 4}}, "must be below model.num_layers=4"),
+        (
+            {"model": {"moe_layer_freq": [1, 0]}},
+            "model.moe_layer_freq=[1, 0]: must have one entry for each of model.num_layers=4",
+        ),
+        ({"model": {"moe_layer_freq": [0, 0, 0, 0]}}, "leaves no block with experts"),
+        ({"model": {"moe_layer_freq": 4, "num_dense_layers": 1}}, "model.moe_layer_freq=4: leaves no block with experts"),
+        ({"model": {"moe_layer_freq": 0}}, "model.moe_layer_freq=0"),
         ({"optim": {"lr": 1e-4}}, "optim.min_lr=0.0003: must be at most"),
         ({"kernels": {"backend": "triton"}, "train": {"device": "cpu"}}, "needs CUDA"),
+        ({"run": {"dir": "a\0b"}}, "no file can have this name"),
+        ({"run": {"dir": "x" * 300}}, "no file can have this name"),
+        ({"data": {"train": ["ok", "x/" * 3000]}}, "no file can have this name"),
+        ({"data": {"tokenizer": "\ud800"}}, "data.tokenizer="),
     ],
 )
 def test_problems_are_named(content: dict, part: str) -> None:
@@ -114,6 +146,16 @@ def test_problems_are_named(content: dict, part: str) -> None:
         ("extends: 3", "must be a path"),
         ("extends: run.yaml", "extends itself"),
         ("\x00", "not valid YAML"),
+        ("run: !!python/object/apply:os.system [ls]", "the tag .* is not read"),
+        ("run: {seed: !!int ''}", "the tag .* is not read"),
+        ("data: &a {train: *a}", "an alias may stand for a single value only"),
+        ("data: &a [x]\nmodel: *a", "an alias may stand for a single value only"),
+        ("[" * 5000, "levels of nesting"),
+        ("run: {seed: 0x" + "f" * 5000 + "}", "does not fit 64 bits"),
+        ("run: {seed: 9223372036854775808}", "does not fit 64 bits"),
+        ("optim: {lr: " + ":".join(["1"] * 1000) + ".0}", "not valid YAML"),
+        ('extends: "\\0"', "cannot be read"),
+        ("extends: /dev/zero", "more than 262144 bytes"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
@@ -122,7 +164,36 @@ def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
         load_run(path)
 
 
-@pytest.mark.parametrize("word", ["steps", "=3", "a..b=1", "train.steps=["])
+def test_values_that_other_yaml_readers_change_are_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "run: {dir: 2026-01-01, seed: &s 3}\ntrain: {steps: *s}\nsample: {prompt: =}\n")
+    config = load_run(path)
+    assert (config.run.dir, config.train.steps, config.sample.prompt) == ("2026-01-01", 3, "=")
+
+
+def test_the_number_of_files_that_extend_each_other_is_bounded(tmp_path: Path) -> None:
+    for i in range(40):
+        write(tmp_path, f"{i}.yaml", f"extends: [{i + 1}.yaml, {i + 1}.yaml]\n")
+    write(tmp_path, "40.yaml", "")
+    with pytest.raises(UserError, match="extends more than 100 files"):
+        load_run(tmp_path / "0.yaml")
+
+
+def test_a_report_stays_readable() -> None:
+    text = report({**{f"key{i}": i for i in range(300)}, "a\nb": 1, "x" * 5000: 1})
+    assert text.startswith("file.yaml: 302 problem(s)\n")
+    assert text.endswith("\n  and 252 more")
+    assert all(line.startswith("  ") and len(line) < 400 for line in text.split("\n")[1:])
+    text = report({"a\nb": 1, "x" * 5000: 1})
+    assert "'a\\nb': unknown key" in text
+    assert len(text.split("\n")) == 3
+
+
+def test_a_message_cannot_move_the_cursor_or_fill_the_terminal() -> None:
+    assert str(UserError("\x1b[2J\r\0é\ud800\n  second\nx")) == "\\x1b[2J\\r\\x00é\\ud800\n  second\\nx"
+    assert len(str(UserError("x" * 10**6))) < 1100
+
+
+@pytest.mark.parametrize("word", ["steps", "=3", "a..b=1", "train.steps=[", ".".join("a" * 50_000) + "=1"])
 def test_bad_overrides(word: str) -> None:
     with pytest.raises(UserError):
         read_override(word)

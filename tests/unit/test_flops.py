@@ -69,6 +69,12 @@ def test_every_part_has_its_closed_form():
     assert flops.causal == 6 * flops.matmul_params + 3 * 6 * 60 * 32
 
 
+def test_blocks_without_experts_are_dense():
+    every_other = count_flops(model(moe_layer_freq=2), 32)
+    assert (every_other.experts, every_other.dense, every_other.router) == (2 * 2 * 3 * 48 * 20, 3 * 48 * 40, 2 * 48 * 5)
+    assert count_flops(model(moe_layer_freq=[1, 0, 1]), 32) == every_other
+
+
 def test_tied_embeddings_still_pay_for_the_head():
     assert count_flops(model(tie_embeddings=True), 32) == count_flops(model(), 32)
 

@@ -285,6 +285,24 @@ def test_other_kinds_of_wrong_megatron_files(tmp_path):
         negative.document(0)
 
 
+def test_a_file_that_ends_inside_a_token_is_refused_even_if_the_index_says_so(tmp_path):
+    prefix = write_megatron(tmp_path / "odd", [[1], [2]], [0, 1, 2])
+    path = tmp_path / "odd.idx"
+    path.write_bytes(path.read_bytes().replace(struct.pack("<2q", 0, 2), struct.pack("<2q", 0, 3)))
+    with (tmp_path / "odd.bin").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match="no whole number of tokens of 2 bytes"):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000])
+def test_names_that_no_file_can_have_are_refused(name):
+    with pytest.raises(UserError, match="dataset file"):
+        IndexedDataset(name)
+    with pytest.raises(UserError, match="dataset sidecar"):
+        load_dataset_tokenizer(name)
+
+
 def test_ids_outside_the_model_are_refused(tmp_path):
     prefix = write_megatron(tmp_path / "m", [[5, 300, 5]], [0, 1])
     assert IndexedDataset(prefix).document(0).tolist() == [5, 300, 5]
@@ -328,6 +346,29 @@ def test_sidecars_with_a_wrong_or_missing_entry_are_refused(tmp_path, key):
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=key):
         IndexedDataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "1" * 5000])
+def test_a_sidecar_that_json_cannot_hold_is_refused_and_not_replaced(tmp_path, content):
+    write(tmp_path / "d")
+    (tmp_path / "d.json").write_text(content)
+    with pytest.raises(UserError, match=r"d\.json is no JSON"):
+        IndexedDataset(tmp_path / "d")
+    with pytest.raises(UserError, match="belongs to no dataset of ours"):
+        write(tmp_path / "d")
+
+
+def test_a_sidecar_names_no_file_of_another_folder(tmp_path):
+    write(tmp_path / "d")
+    (tmp_path / "secret").write_text("not for readers of datasets")
+    path = tmp_path / "d.json"
+    fields = json.loads(path.read_text())
+    for edit in ({"tokenizer": str(tmp_path / "secret")}, {"tokenizer_file": ""}, {"tokenizer_file": ".."}):
+        path.write_text(json.dumps(fields | edit))
+        with pytest.raises(UserError) as caught:
+            load_dataset_tokenizer(tmp_path / "d")
+        assert "tokenizer" in str(caught.value)
+        assert "SentencePiece" not in str(caught.value)  # it was not read
 
 
 def test_a_sidecar_of_another_dataset_is_refused(tmp_path):

@@ -261,6 +261,27 @@ def test_resuming_with_something_else_says_what_changed(prefix, tmp_path):
         loader(prefix).load_state_dict({"version": 1})
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"samples": -1},
+        {"samples": True},
+        {"samples": 2**62},
+        {"samples": 10**30},
+        {"samples": 1.5},
+        {"data": None},
+        {"data": [3]},
+        {"data": [{}]},
+        {"data": {"fingerprint": 1}},
+    ],
+)
+def test_a_state_that_no_run_can_have_is_refused(prefix, edit):
+    with pytest.raises(UserError, match="no place in the data"):
+        loader(prefix).load_state_dict({**loader(prefix).state_dict(), **edit})
+    with pytest.raises(UserError, match="version None"):
+        loader(prefix).load_state_dict(None)
+
+
 def test_data_that_moved_is_the_same_data(prefix, tmp_path):
     for suffix in (".bin", ".idx", ".labels", ".json"):
         (tmp_path / f"moved{suffix}").write_bytes((prefix.parent / f"d{suffix}").read_bytes())

@@ -131,6 +131,8 @@ def test_nothing_to_prepare_is_an_error(tmp_path):
         ([tmp_path / "empty.txt", tmp_path / "empty.jsonl"], "no document with text"),
         ([tmp_path / "folder"], "no files in"),
         ([tmp_path / "absent"], "absent does not exist"),
+        (["x" * 300], "does not exist"),
+        (["a\0b"], "does not exist"),
         ([], "no files"),
     ):
         with pytest.raises(UserError, match=match):

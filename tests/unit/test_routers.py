@@ -29,12 +29,12 @@ def states(
     router: dict, inputs: list[Tensor], weights: float | None = None, bias: float = 0.0
 ) -> tuple[list[Tensor], list, nn.Module]:
     """The state after each layer for one row per input, with every cell weight set to `weights` where given."""
-    found, shared, _ = make(router, len(inputs))
+    found, shared, config = make(router, len(inputs))
     if weights is not None:
         for name, p in shared.named_parameters():
             nn.init.constant_(p, weights if "weight" in name else bias)
     batch, _ = batch_of([[inputs[0].shape[1]]] * inputs[0].shape[0])
-    state = torch.zeros(*inputs[0].shape[:2], found[0].state_size_of(found[0].config), dtype=torch.float64)
+    state = torch.zeros(*inputs[0].shape[:2], found[0].state_size_of(config.router, config), dtype=torch.float64)
     out = []
     for layer, x in zip(found, inputs, strict=True):
         routing = layer(x, state, batch, shared)

@@ -156,8 +156,9 @@ def test_missing_and_wrong_files_are_refused(tmp_path):
             load_tokenizer(path)
     with pytest.raises(UserError, match="neither 'bytes' nor a file"):
         load_tokenizer(tmp_path / "absent.model")
-    with pytest.raises(UserError):
-        load_tokenizer(tmp_path)
+    for name in (tmp_path, "a\0b", "\ud800", "x" * 5000, "/proc/self/mem"):
+        with pytest.raises(UserError):
+            load_tokenizer(name)
 
 
 def test_every_truncation_of_a_model_is_refused_or_harmless(model_path):

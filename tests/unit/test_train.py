@@ -1,47 +1,34 @@
 """A run from the command line: what it leaves, what it prints, how it goes on, and what the tools make of it."""
 
+import ast
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from corpora import write_corpus
-
-ROOT = Path(__file__).parents[2]
-MODEL = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=4", "model.ffn_hidden_size=32"]
-TRAIN = ["train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every=1", "train.steps=6"]
-REST = ["checkpoint.every=2", "eval.every=3", "eval.max_rows=8", "sample.max_tokens=8", "optim.warmup_steps=2"]
-
-
-def tool(script: str, *words: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [*launcher, f"launch/{script}.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
-
-
-def rows(folder: Path, kind: str = "train") -> list[dict]:
-    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+from launches import ROOT, Launch, command, launch
+from tiny_run import rows, words_for
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    prefix = write_corpus(tmp_path_factory.mktemp("corpus") / "text")
-    data = [f"data.{split}={prefix}" for split in ("train", "valid", "test")]
-    return ["configs/quickstart.yaml", *MODEL, *TRAIN, *REST, *data, "data.tokenizer=bytes", "model.router.router_size=8"]
+    return words_for(write_corpus(tmp_path_factory.mktemp("corpus") / "text"))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = tool("pretrain", *words, f"run.dir={folder}")
+    done = command(*words, f"run.dir={folder}")
     assert done.returncode == 0, done.stderr
     assert "UserWarning" not in done.stderr, done.stderr
+    assert re.search(
+        r"^ready after \d+\.\d s: imports \d+\.\d, process group .*, data .*, model .*, checkpoint ", done.stdout, re.MULTILINE
+    )
     return folder
 
 
@@ -70,43 +57,76 @@ def test_the_run_folder(run: Path) -> None:
 def test_going_on_gives_the_same_losses(run: Path, words: list[str], tmp_path: Path) -> None:
     """Stopped after its checkpoint at step 4, then started again."""
     folder = tmp_path / "stopped"
-    assert tool("pretrain", *words, f"run.dir={folder}").returncode == 0
-    for path in (folder / "checkpoints").glob("step-00000006*"):
-        path.rename(tmp_path / "away")
-    done = tool("pretrain", *words, f"run.dir={folder}")
+    assert launch("pretrain", *words, f"run.dir={folder}").returncode == 0
+    (folder / "checkpoints" / "step-00000006").rename(tmp_path / "away")
+    left = folder / "checkpoints" / ".tmp-step-00000006"  # by a killed save
+    left.mkdir()
+    done = launch("pretrain", *words, f"run.dir={folder}")
     assert done.returncode == 0, done.stderr
-    assert "resumed at step 4" in done.stdout
+    assert f"resumed at step 4 from {folder / 'checkpoints' / 'step-00000004'}\n" in done.stdout
     assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(run)]
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert not left.exists()
+
+
+def test_a_run_that_is_done_evaluates_again_and_changes_no_row(run: Path, words: list[str]) -> None:
+    before = rows(run), rows(run, "eval")
+    done = launch("pretrain", *words, f"run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 6" in done.stdout
+    assert (rows(run), rows(run, "eval")) == before
+
+
+def test_checkpoints_that_are_kept(words: list[str], tmp_path: Path) -> None:
+    keep = ["train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3", "eval.every=0"]
+    assert launch("pretrain", *words, *keep, f"run.dir={tmp_path / 'run'}").returncode == 0
+    assert sorted(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [3, 6, 7]
 
 
 def test_going_on_with_other_ranks(run: Path, words: list[str], tmp_path: Path) -> None:
+    """Under torchrun."""
     folder = tmp_path / "two"
-    assert tool("pretrain", *words, f"run.dir={folder}", "train.steps=4", "optim.min_lr=0.0004").returncode == 0
-    done = tool("pretrain", *words, f"run.dir={folder}", ranks=2)
+    assert launch("pretrain", *words, f"run.dir={folder}", "train.steps=4", "optim.min_lr=0.0004").returncode == 0
+    done = command(*words, f"run.dir={folder}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 4" in done.stdout
+    assert "torch's generators start anew" in done.stdout
+    assert re.search(r"^ready after \d+\.\d s: torchrun \d+\.\d, imports", done.stdout, re.MULTILINE)
+
+
+def test_time_before_the_first_step_is_counted_from_the_start_of_the_process() -> None:
+    code = (
+        "import time; time.sleep(0.3); from moe_train.startup import Startup; startup = Startup(); "
+        "time.sleep(0.2); startup.mark('nap'); print(startup.marks)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    marks = dict(ast.literal_eval(done.stdout))
+    assert marks["torchrun"] == 0
+    assert marks["imports"] >= 0.3
+    assert 0.2 <= marks["nap"] < 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run(number: int, run: Path, words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "asked"
-    long = [sys.executable, "launch/pretrain.py", *words, f"run.dir={folder}", "train.steps=100000", "checkpoint.every=0"]
-    process = subprocess.Popen(long, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if line.startswith("step"):
-            process.send_signal(number)
-            break
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert f"stopped by {signal.Signals(number).name}" in output
+    asked = Launch("pretrain", *words, f"run.dir={folder}", "train.steps=100000", "checkpoint.every=0")
+    while "step      3/" not in asked.stdout:
+        assert asked.running, asked.stderr
+        time.sleep(0.01)
+    asked.signal(number)
+    assert asked.wait() == 0
+    assert f"stopped by {signal.Signals(number).name}" in asked.stdout
     last = rows(folder)[-1]["step"]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    done = launch("pretrain", *words, f"run.dir={folder}", f"train.steps={last + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {last}" in done.stdout
+    assert [row["step"] for row in rows(folder)] == list(range(1, last + 3))
 
 
 def test_gradients_that_are_not_finite_end_the_run(run: Path, words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "burst"
-    done = tool("pretrain", *words, f"run.dir={folder}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=null")
+    done = launch("pretrain", *words, f"run.dir={folder}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=null")
     assert done.returncode == 1
     log = (folder / "error-rank0.log").read_text()
     assert "the gradient norm is nan" in log
@@ -115,16 +135,16 @@ def test_gradients_that_are_not_finite_end_the_run(run: Path, words: list[str], 
 
 
 def test_sampling_is_repeatable(run: Path) -> None:
-    one, two = (tool("generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "3") for _ in range(2))
+    one, two = (launch("generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "3") for _ in range(2))
     assert one.returncode == 0, one.stderr
     assert one.stdout == two.stdout
     assert one.stdout.startswith("def ")
-    assert tool("generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "4").stdout != one.stdout
+    assert launch("generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "4").stdout != one.stdout
 
 
 def test_evaluation_of_a_checkpoint_is_what_training_said(run: Path, words: list[str]) -> None:
     prefix = next(w for w in words if w.startswith("data.test=")).split("=")[1]
-    done = tool("evaluate", str(run / "checkpoints" / "step-00000006"), "--data", prefix)
+    done = launch("evaluate", str(run / "checkpoints" / "step-00000006"), "--data", prefix)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["bits_per_byte"] == pytest.approx(rows(run, "eval")[-1]["bits_per_byte"], rel=1e-6)
@@ -133,7 +153,7 @@ def test_evaluation_of_a_checkpoint_is_what_training_said(run: Path, words: list
 def test_evaluation_of_a_text_file(run: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def x(self.y)\n" * 20)
-    done = tool("evaluate", str(run), "--data", str(text))
+    done = launch("evaluate", str(run), "--data", str(text))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["bytes"] == 14 * 20 - 1  # nothing predicts the first byte
 
@@ -143,29 +163,10 @@ def test_evaluation_of_a_text_file(run: Path, tmp_path: Path) -> None:
     [
         ("generate", ["{tmp}"], "neither a checkpoint nor a run folder"),
         ("evaluate", ["{run}", "--data", "{tmp}/gone.txt"], "neither a prepared corpus"),
-        ("pretrain", ["{run}/config.yaml", "model.hidden_size=64"], "holds a run with another model"),
-        (
-            "pretrain",
-            [
-                "configs/quickstart.yaml",
-                "data.tokenizer=bytes",
-                "data.train={tmp}/gone",
-                "data.valid=a",
-                "data.test=b",
-                "run.dir={tmp}/r",
-            ],
-            "gone",
-        ),
-        ("pretrain", ["configs/quickstart.yaml", "data.tokenizer={tmp}/gone", "run.dir={tmp}/r"], "gone"),
-        (
-            "pretrain",
-            ["configs/quickstart.yaml", "data.tokenizer=bytes", "model.vocab_size=8", "run.dir={tmp}/r"],
-            "smaller than the 257 ids",
-        ),
     ],
 )
 def test_mistakes_are_one_message(run: Path, tmp_path: Path, script: str, call: list[str], part: str) -> None:
-    done = tool(script, *(word.format(run=run, tmp=tmp_path) for word in call))
+    done = launch(script, *(word.format(run=run, tmp=tmp_path) for word in call))
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
@@ -177,6 +178,32 @@ def test_a_truncated_checkpoint_is_refused(run: Path, tmp_path: Path, victim: st
     subprocess.run(["cp", "-r", str(run / "checkpoints" / "step-00000006"), str(copy)], check=True)
     file = copy / victim
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    done = tool("generate", str(copy))
+    done = launch("generate", str(copy))
     assert done.returncode == 2, (done.stdout, done.stderr)
+    assert victim.lstrip(".") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_causal_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from types import SimpleNamespace
+
+    from moe_train import train as trainer
+    from moe_train.cli import parse
+
+    def stop(*_: object) -> None:
+        raise SystemExit
+
+    for main, said in ((True, 1), (False, 0)):
+        caplog.clear()
+        monkeypatch.setattr(trainer, "start_world", lambda config, main=main: SimpleNamespace(main=main))
+        monkeypatch.setattr(trainer, "settle", lambda config, *_: config)
+        monkeypatch.setattr(trainer, "check_model", stop)
+        router = {"name": "acmoe", "causal": False}
+        config = parse({"run": {"dir": "nowhere"}, "model": {"router": router, "vocab_size": 320}}, "test")
+        with pytest.raises(SystemExit):
+            trainer.train(config)
+        assert [r.getMessage().startswith("not a causal model: model.router.causal=false") for r in caplog.records] == [
+            True
+        ] * said

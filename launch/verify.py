@@ -1,0 +1,60 @@
+"""Show that layouts change nothing: `python launch/verify.py CONFIG.yaml [LAYOUT ...] [section.key=value ...]`.
+
+Trains three steps in one process and under each layout, on ranks started here (CPU, gloo), and prints the largest relative
+differences of losses, gradients, weights and tokens per expert. A layout is keys of `parallel` with commas between, such as
+`tp=2,ep=2` or `pp=2,pp_schedule=zbv`; without any, usual ones for the number of cores. The exit status is 1 where a layout fails.
+A large model should be made small by words: model.num_layers=4 train.global_batch_size=8 ...
+"""
+
+import os
+import sys
+import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from moe_train.cli import load_run, main
+from moe_train.errors import UserError
+
+
+def run(words: list[str]) -> None:
+    """Compare what `words` name and print a table."""
+    parser = ArgumentParser("launch/verify.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("words", nargs="*", metavar="LAYOUT or section.key=value")
+    given = parser.parse_args(words)
+    overrides = [word for word in given.words if "." in word.partition("=")[0]]
+    named = [word for word in given.words if word not in overrides]
+    config = load_run(given.config, overrides)
+
+    from moe_train import verify
+
+    config, layouts, refused = verify.prepare(config), [], []
+    for layout in named or verify.USUAL:
+        try:
+            laid_out, ranks = verify.lay_out(config, layout)
+        except UserError as error:
+            if named:
+                raise
+            refused.append((layout, str(error).splitlines()[1].strip()))
+            continue
+        if named or ranks <= max(os.cpu_count() or 1, 2):
+            layouts.append((layout, laid_out, ranks))
+    limits = verify.LIMITS[config.train.dtype]
+    print(f"{min(verify.STEPS, config.train.steps)} steps of {given.config} in {config.train.dtype}, beside one process")
+    print(f"{'layout':34}{'ranks':>5}" + "".join(f"{kind:>12}" for kind in limits))
+    print(f"{'at most':39}" + "".join(f"{limit:12.1e}" for limit in limits.values()), flush=True)
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        for layout, ranks, verdict in verify.verify(config, layouts, Path(folder)):
+            figures = "".join(f"{value:12.1e}" for value, _ in verdict.worst.values())
+            print(f"{layout:34}{ranks:5}{figures}  {'FAIL' if verdict.failures else 'PASS'}", flush=True)
+            for failure in verdict.failures[:5]:
+                print(f"    {failure}", flush=True)
+            failed = failed or bool(verdict.failures)
+    for layout, why in refused:
+        print(f"{layout:34} not possible here: {why}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(run, sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Saving: what happens in which order, and what is there when it stops half-way."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_train.checkpoint import dcp
+from moe_train.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def save(folder: Path, step: int) -> Path:
+    return dcp.save(
+        folder, step, {"x": torch.full((4,), float(step))}, {"loader": {"samples": step}}, {"config.yaml": b"run: {}"}
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    tensors = {"x": torch.zeros(4)}
+    state = dcp.load(path, tensors)
+    assert (state["step"], state["loader"]) == (7, {"samples": 7})
+    assert torch.equal(tensors["x"], torch.full((4,), 7.0))
+    assert (path / "config.yaml").read_bytes() == b"run: {}"
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, str]] = []
+    sync, rename = os.fsync, os.rename
+
+    def recorded_sync(handle: int) -> None:
+        sync(handle)
+        events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+
+    def recorded_rename(source: Any, target: Any) -> None:
+        if os.path.isdir(source):
+            there = sorted(path.name for path in Path(source).iterdir())
+            assert there == [".metadata", "__0_0.distcp", "config.yaml", "state.json"]
+            events.append(("rename", str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    path = save(tmp_path, 1)
+    named = events.index(("rename", str(path)))
+    synced = {Path(file).name for kind, file in events[:named] if kind == "sync"}
+    for name in ("__0_0.distcp", ".metadata", "config", "state"):  # some of them under a temporary name
+        assert any(name in file for file in synced), name
+    assert ("sync", str(tmp_path / ".tmp-step-00000001")) in events[:named]
+    assert ("sync", str(tmp_path)) in events[named:]
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the last file that is written."""
+    before = save(tmp_path, 1)
+    write = dcp.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == dcp.STATE_FILE:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(dcp, "write_atomically", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device; .* MB are free; make room"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]
+    assert dcp.load(before, {"x": torch.zeros(4)})["step"] == 1
+
+
+def test_an_error_that_is_not_the_disks_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="pickle"):
+        dcp.save(tmp_path, 1, {"x": (i for i in range(3))}, {}, {})
+
+
+def test_a_checkpoint_is_never_half_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it deletes, the run has hidden the folder before; the next save deletes the rest."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        dcp.keep(tmp_path, last=2, every=0)
+    assert [path.name for path in dcp.checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert not (tmp_path / "step-00000001").exists()
+    monkeypatch.undo()
+    save(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_the_newest_is_the_one_of_the_latest_step(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 5):
+        save(tmp_path, step)
+    (tmp_path / "step-100000001").mkdir()  # nothing is in it
+    assert [dcp.step_of(path) for path in dcp.checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    (path / "__0_0.distcp").unlink()
+    save(tmp_path, 3)
+    assert dcp.load(path, {"x": torch.zeros(4)})["step"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
