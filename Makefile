@@ -19,7 +19,7 @@ RANKS ?= $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
 THREADS ?= $(shell [ $(CORES) -ge $(RANKS) ] && echo $$(($(CORES) / $(RANKS))) || echo 1)
 TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
 
-.PHONY: help corpus pretrain test test-slow test-gpu bench-gpu lint types format aot clean
+.PHONY: help corpus pretrain test test-slow test-layouts test-gpu bench-gpu lint types format docs aot clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -52,6 +52,9 @@ test: lint types $(VENV)/.installed-dev ## lint, types and the fast tests
 test-slow: $(VENV)/.installed-dev ## tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
+test-layouts: $(VENV)/.installed-dev ## every router under every layout beside one process: the better part of an hour on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed/test_layouts.py $(ARGS)
+
 # Small shapes under the sanitizers: they slow a kernel down a hundredfold.
 SANITIZED := -m gpu tests/kernels -k sanitizer -p no:cacheprovider
 test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device, then memcheck and racecheck where compute-sanitizer is installed
@@ -82,6 +85,9 @@ types: $(VENV)/.installed-dev ## mypy
 format: $(VENV)/.installed-dev ## rewrite files as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed ## write docs/routers.md from the routers' docstrings and keys
+	$(BIN)/python docs/make_routers.py > docs/.routers.md && mv docs/.routers.md docs/routers.md
 
 clean: ## remove caches and the virtual environment
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,9 +1,9 @@
 """Show that layouts change nothing: `python launch/verify.py CONFIG.yaml [LAYOUT ...] [section.key=value ...]`.
 
 Trains three steps in one process and under each layout, on ranks started here (CPU, gloo), and prints the largest relative
-differences of losses, gradients, weights and tokens per expert. A layout is keys of `parallel` with commas between, such as
-`tp=2,ep=2` or `pp=2,pp_schedule=zbv`; without any, usual ones for the number of cores. The exit status is 1 where a layout fails.
-A large model should be made small by words: model.num_layers=4 train.global_batch_size=8 ...
+differences of losses, gradients and weights, and of tokens per expert the largest number that went elsewhere. A layout is keys of
+`parallel` with commas between, such as `tp=2,ep=2` or `pp=2,pp_schedule=zbv`; without any, the config's own and usual ones, as far as
+there is a core for each rank. The exit status is 1 where a layout fails. Make a large model small by words: model.num_layers=4 ...
 """
 
 import os
@@ -11,9 +11,13 @@ import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_train.cli import load_run, main
 from moe_train.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_train.verify import Trial
 
 
 def run(words: list[str]) -> None:
@@ -28,32 +32,28 @@ def run(words: list[str]) -> None:
 
     from moe_train import verify
 
-    config, layouts, refused = verify.prepare(config), [], []
-    for layout in named or verify.USUAL:
-        try:
-            laid_out, ranks = verify.lay_out(config, layout)
-        except UserError as error:
-            if named:
-                raise
-            refused.append((layout, str(error).splitlines()[1].strip()))
-            continue
-        if named or ranks <= max(os.cpu_count() or 1, 2):
-            layouts.append((layout, laid_out, ranks))
+    config = verify.prepare(config)
+    trials = [verify.lay_out(config, layout) for layout in named] or _possible(verify.usual(config, os.cpu_count() or 1))
     limits = verify.LIMITS[config.train.dtype]
     print(f"{min(verify.STEPS, config.train.steps)} steps of {given.config} in {config.train.dtype}, beside one process")
     print(f"{'layout':34}{'ranks':>5}" + "".join(f"{kind:>12}" for kind in limits))
     print(f"{'at most':39}" + "".join(f"{limit:12.1e}" for limit in limits.values()), flush=True)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        for layout, ranks, verdict in verify.verify(config, layouts, Path(folder)):
+        for trial, verdict in verify.verify(config, trials, Path(folder)):
             figures = "".join(f"{value:12.1e}" for value, _ in verdict.worst.values())
-            print(f"{layout:34}{ranks:5}{figures}  {'FAIL' if verdict.failures else 'PASS'}", flush=True)
+            print(f"{trial.layout:34}{trial.ranks:5}{figures}  {'FAIL' if verdict.failures else 'PASS'}", flush=True)
             for failure in verdict.failures[:5]:
                 print(f"    {failure}", flush=True)
             failed = failed or bool(verdict.failures)
-    for layout, why in refused:
-        print(f"{layout:34} not possible here: {why}")
     sys.exit(1 if failed else 0)
+
+
+def _possible(usual: "list[Trial | UserError]") -> "list[Trial]":
+    """Those that can be tried; of the others it is said why not."""
+    for refused in (str(trial) for trial in usual if isinstance(trial, UserError)):
+        print("not tried: " + " ".join(line.strip() for line in refused.splitlines()))
+    return [trial for trial in usual if not isinstance(trial, UserError)]
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 A rival gets the run's batches, numbers, clipping and fused AdamW, and whatever settings its own project calls fastest.
 """
 
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
-from moe_train.config import Config, Conflict, ModelConfig
+from moe_train.config import Config, Conflict
 from moe_train.data.loader import StepBatch
 from moe_train.errors import UserError
 from moe_train.optim import clip_gradients, make_optimizer

@@ -87,8 +87,16 @@ def prepare(config: Config) -> Config:
     return parse(merge(config.model_dump(mode="json"), changes), "the run as it is compared")
 
 
-def lay_out(config: Config, layout: str) -> tuple[Config, int]:
-    """`config` under a layout such as `tp=2,ep=2`, and its number of ranks. Raises UserError where the two do not go together.
+class Trial(NamedTuple):
+    """A run under a layout."""
+
+    layout: str
+    config: Config
+    ranks: int
+
+
+def lay_out(config: Config, layout: str) -> Trial:
+    """`config` under a layout such as `tp=2,ep=2`. Raises UserError where the two do not go together.
 
     A layout is keys of `parallel` (or whole paths, `train.recompute=full`) with commas between; other sizes are 1, but for dp_shard,
     which is as small as `ep` allows.
@@ -99,10 +107,26 @@ def lay_out(config: Config, layout: str) -> tuple[Config, int]:
     config = parse(content, layout)
     parallel = config.parallel
     shard = parallel.ep // math.gcd(parallel.ep, parallel.cp) if parallel.dp_shard == "auto" else parallel.dp_shard
-    size = parallel.dp_replicate * shard * parallel.pp * parallel.cp * parallel.tp
-    if problems := config.layout_conflicts(size):
+    ranks = parallel.dp_replicate * shard * parallel.pp * parallel.cp * parallel.tp
+    if problems := config.layout_conflicts(ranks):
         raise UserError("\n".join([f"{layout}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
-    return config, size
+    return Trial(layout, config, ranks)
+
+
+def usual(config: Config, cores: int) -> list[Trial | UserError]:
+    """The config's own layout, and usual ones that need no more than `cores` ranks (two, if there is one core)."""
+    sizes = config.parallel.model_dump()
+    own = ",".join(f"{key}={sizes[key]}" for key, one in ONE_PROCESS.items() if sizes[key] != one)
+    found: list[Trial | UserError] = []
+    for layout in [own] * bool(own) + [layout for layout in USUAL if layout != own]:
+        try:
+            trial = lay_out(config, layout)
+        except UserError as error:
+            found.append(error)
+            continue
+        if layout == own or trial.ranks <= max(cores, 2):
+            found.append(trial)
+    return found
 
 
 def observe(config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -204,11 +228,10 @@ def judge(found: Found, dtype: str) -> Verdict:
     return Verdict(worst, [f"{name}: {value:.1e}" for name, value in sorted(beyond.items(), key=lambda item: -item[1])])
 
 
-def verify(config: Config, layouts: Iterable[tuple[str, Config, int]], folder: Path) -> Iterator[tuple[str, int, Verdict]]:
-    """Each of some laid out runs of a prepared `config` beside one process, on ranks of this machine."""
+def verify(config: Config, trials: Iterable[Trial], folder: Path) -> Iterator[tuple[Trial, Verdict]]:
+    """Each trial of a prepared `config` beside one process, on ranks of this machine; `folder` is for what that process computes."""
     reference, patience = folder / "one-process.pt", float(config.parallel.timeout_seconds)
-    one, size = lay_out(config, "")
-    run_ranks(size, record, one, reference, timeout=None, patience=patience)
-    for name, run, ranks in layouts:
-        found = run_ranks(ranks, compare, run, reference, timeout=None, patience=patience)
-        yield name, ranks, judge(combine(found, reference), config.train.dtype)
+    run_ranks(1, record, lay_out(config, "").config, reference, timeout=None, patience=patience)
+    for trial in trials:
+        found = run_ranks(trial.ranks, compare, trial.config, reference, timeout=None, patience=patience)
+        yield trial, judge(combine(found, reference), config.train.dtype)

@@ -25,7 +25,14 @@ BASE: Content = {
         "vocab_size": 320,
         "init_std": 0.1,  # so narrow a model is nearly linear with the usual 0.02, and much of it would go unseen
     },
-    "train": {"steps": verify.STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_len": 64, "device": "cpu"},
+    "train": {
+        "steps": verify.STEPS,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "seq_len": 64,
+        "device": "cpu",
+        "dtype": "fp32",
+    },
     "optim": {"warmup_steps": 0, "lr": 1e-2, "eps": verify.EPS},
 }
 FP64: Content = {"train": {"dtype": "fp64"}, "kernels": {"backend": "reference"}}
@@ -47,7 +54,7 @@ class Case(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        return self.run["train"].get("dtype", "fp32")
+        return str(self.run["train"]["dtype"])
 
     def __str__(self) -> str:
         return f"{self.layout}: {self.run['model']['router']} {self.dtype}"
@@ -101,8 +108,7 @@ def _compare(runs: list[tuple[str, Content, Path]], prepare: list[Callable[[], A
         for step in prepare:
             step()
         for layout, run, path in runs:
-            config, _ = verify.lay_out(parse(run, layout), layout)
-            found.append(verify.compare(config, path))
+            found.append(verify.compare(verify.lay_out(parse(run, layout), layout).config, path))
     except BaseException:
         return found, traceback.format_exc()
     return found, ""

@@ -102,6 +102,7 @@ def _save_shards(tensors: dict[str, Any], writer: _Writer) -> None:
 def _prepare(work: Path) -> None:
     clean(work.parent)
     work.mkdir(parents=True)
+    fsync_folder(work.parent.parent)
 
 
 def _publish(work: Path, final: Path, files: dict[str, bytes], state: dict[str, Any], shards: Digests) -> None:

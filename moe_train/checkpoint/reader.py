@@ -2,7 +2,7 @@
 
 torch.distributed.checkpoint keeps its index, `.metadata`, as a pickle, and unpickles whatever in the shards is no tensor. A pickle
 is a program. Here the index may build the classes of an index from few instructions and nothing else, its entries must lie inside the
-files of the checkpoint, and what is no tensor is not read at all. Tensors are read by torch.load with `weights_only`.
+files of the checkpoint, and what is no tensor is refused. Tensors are read by torch.load with `weights_only`.
 """
 
 import io
@@ -13,7 +13,6 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -95,13 +94,11 @@ class CheckpointReader(FileSystemReader):
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """Fills tensors. What is no tensor (the optimizer's hyperparameters, which are the config's) stays as it is, unread."""
+    """Fills tensors, and refuses what is none in the checkpoint."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Skip what is no tensor; where the model has one, the checkpoint is another model's."""
-        name = read_item.dest_index.fqn
-        if isinstance(self.state_dict[name], Tensor):
-            raise ValueError(f"{name} is a tensor in this model and none in the checkpoint")
+        """Raise ValueError, where torch would unpickle anything."""
+        raise ValueError(f"{read_item.dest_index.fqn} is no tensor in the checkpoint, and only tensors are read")
 
 
 def read_index(path: Path, sizes: Mapping[str, int]) -> Metadata:

@@ -72,5 +72,5 @@ def sync_gradients(model: nn.Module, last: bool, parallel: ParallelSection) -> N
     assert isinstance(model, FSDPModule)
     at_once = parallel.sharding in ("gradients", "parameters")
     model.set_requires_gradient_sync(last or at_once)
-    model.set_reshard_after_backward(last or at_once)
+    model.set_reshard_after_backward(last or parallel.sharding == "parameters")  # else gathered parameters serve the whole step
     model.set_is_last_backward(last)

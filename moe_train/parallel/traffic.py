@@ -33,8 +33,9 @@ class Sent(NamedTuple):
 class Traffic(TorchDispatchMode):
     """Context manager that counts what this rank sends while it is active.
 
-    Axes are those of the dense mesh (`pp`, `replicate`, `shard`, `tp`), `cp`, `ep` and `expert_tp`, `expert_shard` and
-    `expert_replicate` (data parallelism of experts), `sharers` (cp and tp together) and `world`.
+    Axes: `pp`, `replicate`, `shard`, `tp`, `cp`, `ep`, `expert_tp`; `expert_shard` and `expert_replicate` (data parallelism of
+    experts with a mesh of their own); `sharers` (cp and tp together); `world`. Axes that hold all ranks share torch's default group
+    and are counted together, as `shard+ep`, with what else goes over the whole world.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -52,14 +53,14 @@ class Traffic(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its collectives are on plain tensors, and come here again
         namespace, _, name = func.name().partition("::")
-        if namespace in ("c10d", "_c10d_functional"):
-            self._count(name.partition(".")[0].strip("_"), args)
+        name = name.partition(".")[0].strip("_")
+        if namespace in ("c10d", "_c10d_functional") and name not in _SILENT:
+            if name not in _COSTS:
+                raise TypeError(f"moe_train.parallel.traffic does not know {func.name()}, which would go uncounted")
+            self._count(*_COSTS[name], args)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: tuple[Any, ...]) -> None:
-        if name in _SILENT:
-            return
-        operation, bytes_of = _COSTS[name]  # a new one must be counted, not overlooked
+    def _count(self, operation: str, bytes_of: Callable[..., int], args: tuple[Any, ...]) -> None:
         group = _group(args)
         if group.size() > 1:
             key = (self._axes[group.group_name], operation)
@@ -68,13 +69,17 @@ class Traffic(TorchDispatchMode):
 
 
 def _axes(layout: Layout) -> dict[str, str]:
-    """Name of each process group -> its axis. A mesh may have made several groups of the same ranks."""
-    found = {dist.group.WORLD.group_name: "world", layout.sharers.group_name: "sharers"}  # type: ignore[union-attr]
-    for mesh, prefix in ((layout.rows, ""), (layout.experts, "expert_"), (layout.dense, "")):
-        for axis in mesh.mesh_dim_names or ():
-            data = axis in ("replicate", "shard")
-            found[mesh.get_group(axis).group_name] = prefix + axis if data else axis
-    return found
+    """Name of each process group -> its axis, or axes."""
+    found: dict[str, list[str]] = {}
+    for mesh, prefix in ((layout.dense, ""), (layout.rows, ""), (layout.experts, "expert_")):
+        for axis in ("pp", "replicate", "shard", "tp", "cp", "ep", "expert_tp"):
+            if axis in (mesh.mesh_dim_names or ()):
+                names = found.setdefault(mesh.get_group(axis).group_name, [])
+                if axis not in names:
+                    names.append(prefix + axis if axis in ("replicate", "shard") else axis)
+    found.setdefault(layout.sharers.group_name, ["sharers"])
+    found.setdefault(dist.group.WORLD.group_name, ["world"])  # type: ignore[union-attr]
+    return {group: "+".join(names) for group, names in found.items()}
 
 
 def _group(args: tuple[Any, ...]) -> dist.ProcessGroup:

@@ -10,6 +10,9 @@ form, a whole document. The decision is made from features v [D]:
 
     s = LN(v) LN(R)^T              R: [E, D]; both layer norms learned, the second one's gain starting at 0.01
 
+The published second norm has a bias too. It adds the same number to all of a unit's logits, which a softmax does not see, so that its
+gradient is rounding alone; it is left out.
+
 Segments are cut by the position inside the document, so that a token's decision does not depend on what a row packs beside it. Sums of
 hidden rows go over the ranks that share the rows, so that any sharding gives the same decisions; random numbers are those of the unit's
 first position. While decoding, `Memory` is what later tokens need: the open segment's sum and its features.
@@ -167,8 +170,8 @@ class Gate(nn.Module):
         zero = Constant(0.0)
         self.initial: dict[str, Initial] = {"weight": Normal(0.01), "input_gain": Constant(1.0), "input_bias": zero}
         if normed:
-            self.weight_gain, self.weight_bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
-            self.initial |= {"weight_gain": Constant(0.01), "weight_bias": zero}
+            self.weight_gain = nn.Parameter(torch.empty(size))
+            self.initial["weight_gain"] = Constant(0.01)
         if self.by_segment:
             self.first = nn.Parameter(torch.empty(outputs))
             self.initial["first"] = zero
@@ -181,7 +184,7 @@ class Gate(nn.Module):
         """Logits [U, outputs] in the features' dtype."""
         weight: Tensor = self.weight
         if self.normed:
-            weight = F.layer_norm(weight, weight.shape[-1:], self.weight_gain, self.weight_bias)
+            weight = F.layer_norm(weight, weight.shape[-1:], self.weight_gain)
         logits = F.linear(self.normalise(units.features), weight)
         return torch.where(units.first[:, None], self.first, logits) if self.by_segment else logits
 

@@ -1,7 +1,6 @@
 """What the fuzz tests share: damage to the bytes of a file, and the two outcomes that are allowed."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -20,13 +19,13 @@ def examples(fast: int, slow: int) -> Any:
 
 
 def plan(count: int) -> settings:
-    """The same `count` examples in every run. Half a minute for one of them is a hang."""
+    """The same `count` examples in every run. A hang is ended by pytest's timeout, not by a deadline: machines can be busy."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(
         max_examples=count,
         derandomize=True,
         database=None,
-        deadline=timedelta(seconds=30),
+        deadline=None,
         suppress_health_check=checks,
         phases=[Phase.explicit, Phase.generate, Phase.shrink],
     )

@@ -29,7 +29,9 @@ WORDS = ["configs/benchmark_8x512.yaml", *SHAPE, *TRAIN]
 
 def bench(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "launch/benchmark.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -155,11 +157,16 @@ def copied(decoder: Decoder) -> dict[str, torch.Tensor]:
         "mlp.router.weight": "mlp.gate.weight",
         "mlp.experts.gate_up": "mlp.experts.gate_up_proj",
         "mlp.experts.down": "mlp.experts.down_proj",
-        **{f"attention.{ours}.weight": f"self_attn.{x}_proj.weight" for ours, x in zip(("q", "k", "v", "out"), "qkvo", strict=True)},
+        **{
+            f"attention.{ours}.weight": f"self_attn.{x}_proj.weight"
+            for ours, x in zip(("q", "k", "v", "out"), "qkvo", strict=True)
+        },
     }
     found = {}
     for name, value in decoder.named_parameters():
-        prefix, rest = (f"model.layers.{name.split('.')[1]}.", name.split(".", 2)[2]) if name.startswith("layers.") else ("", name)
+        prefix, rest = (
+            (f"model.layers.{name.split('.')[1]}.", name.split(".", 2)[2]) if name.startswith("layers.") else ("", name)
+        )
         found[prefix + names[rest]] = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
     return found
 
@@ -200,4 +207,6 @@ def test_what_the_rival_has_not(transformers: ModuleType, world: World) -> None:
     config = tiny(shared_expert_size=8, num_dense_layers=1, qk_norm=True)
     with pytest.raises(UserError, match="3 problem") as caught:
         Mixtral(transformers, config, world)
-    assert all(key in str(caught.value) for key in ("model.shared_expert_size=8", "model.num_dense_layers=1", "model.qk_norm=True"))
+    assert all(
+        key in str(caught.value) for key in ("model.shared_expert_size=8", "model.num_dense_layers=1", "model.qk_norm=True")
+    )

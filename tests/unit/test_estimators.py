@@ -31,7 +31,7 @@ def expert(layer: MoE, x: Tensor, number: int) -> Tensor:
 
 def logits_of(layer: MoE, v: Tensor) -> Tensor:
     gate, size = layer.router.gate, (v.shape[-1],)
-    weight = F.layer_norm(gate.weight, size, gate.weight_gain, gate.weight_bias) if gate.normed else gate.weight
+    weight = F.layer_norm(gate.weight, size, gate.weight_gain) if gate.normed else gate.weight
     return F.layer_norm(v, size, gate.input_gain, gate.input_bias) @ weight.T
 
 

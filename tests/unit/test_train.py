@@ -59,22 +59,22 @@ def test_going_on_gives_the_same_losses(run: Path, words: list[str], tmp_path: P
     folder = tmp_path / "stopped"
     assert launch("pretrain", *words, f"run.dir={folder}").returncode == 0
     (folder / "checkpoints" / "step-00000006").rename(tmp_path / "away")
-    left = folder / "checkpoints" / ".tmp-step-00000006"  # by a killed save
-    left.mkdir()
     done = launch("pretrain", *words, f"run.dir={folder}")
     assert done.returncode == 0, done.stderr
     assert f"resumed at step 4 from {folder / 'checkpoints' / 'step-00000004'}\n" in done.stdout
     assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(run)]
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
-    assert not left.exists()
 
 
 def test_a_run_that_is_done_evaluates_again_and_changes_no_row(run: Path, words: list[str]) -> None:
     before = rows(run), rows(run, "eval")
+    left = run / "checkpoints" / ".tmp-step-00000008"  # by a killed save
+    left.mkdir()
     done = launch("pretrain", *words, f"run.dir={run}")
     assert done.returncode == 0, done.stderr
     assert "resumed at step 6" in done.stdout
     assert (rows(run), rows(run, "eval")) == before
+    assert not left.exists()
 
 
 def test_checkpoints_that_are_kept(words: list[str], tmp_path: Path) -> None:

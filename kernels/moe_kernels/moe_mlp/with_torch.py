@@ -25,7 +25,7 @@ def _forward(x: Tensor, w_gate_up: Tensor, w_down: Tensor, expert_ids: Tensor, w
     offsets = index[0]
     z = rows_by_weights(copy_rows(x, *index), w_gate_up.mT, offsets)
     gate, up = _halves(z)
-    y = rows_by_weights((F.silu(gate) * up).to(x.dtype), w_down.mT, offsets)
+    y = rows_by_weights(F.silu(gate).mul_(up).to(x.dtype), w_down.mT, offsets)
     return sum_rows(y, *index, weights), z, *index
 
 
@@ -41,21 +41,19 @@ def _backward(
     slot_row: Tensor,
 ) -> Backward:
     index = (offsets, row_slot, slot_row)
-    scale = weights.reshape(-1).index_select(0, row_slot)[:, None]
-    grad_rows = copy_rows(grad, *index)
-    grad_y = rows_by_weights(grad_rows, w_down, offsets)  # before the routing weight
     gate, up = _halves(z)
-    scale, grad_y = scale.to(gate.dtype), grad_y.to(gate.dtype)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
+    scale = weights.reshape(-1).index_select(0, row_slot)[:, None].to(gate.dtype)
+    grad_rows = copy_rows(grad, *index)
+    grad_y = rows_by_weights(grad_rows, w_down, offsets).to(gate.dtype)  # before the routing weight
+    silu = F.silu(gate)
     y = silu * up
-    grad_weights = _by_slot((grad_y * y).sum(-1), slot_row).to(weights.dtype)
-    grad_w_down = rows_by_rows(grad_rows, (y * scale).to(x.dtype), offsets)
-    grad_y *= scale
+    grad_weights = _by_slot(torch.linalg.vecdot(grad_y, y), slot_row).to(weights.dtype)
+    grad_w_down = rows_by_rows(grad_rows, y.mul_(scale).to(x.dtype), offsets)
+    grad_y.mul_(scale)
     grad_z = torch.empty_like(z)
     grad_gate, grad_up = grad_z.chunk(2, dim=-1)
-    grad_up.copy_(grad_y * silu)
-    grad_gate.copy_(grad_y * up * (sigmoid + silu * (1 - sigmoid)))
+    torch.mul(grad_y, silu, out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad_y.mul_(up), gate))
     grad_x = sum_rows(rows_by_weights(grad_z, w_gate_up, offsets), *index, None)
     grad_w_gate_up = rows_by_rows(grad_z, copy_rows(x, *index), offsets)
     return grad_x, grad_w_gate_up, grad_w_down, grad_weights

@@ -1,6 +1,7 @@
 """The permutation ops on any device, out of torch's index ops; signatures are documented in reference.py."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.checks import check_expert_ids, check_permute, check_unpermute
@@ -46,6 +47,8 @@ def copy_rows(x: Tensor, offsets: Tensor, row_slot: Tensor, slot_row: Tensor) ->
 def sum_rows(rows: Tensor, offsets: Tensor, row_slot: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
     """out[t] = sum over k in order of weights[t, k] * rows[slot_row[t, k]], accumulated in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.device.type == "cpu":
+        return _bags(rows.to(wide), slot_row, weights).to(rows.dtype)
     total = rows.new_zeros(slot_row.shape[0], rows.shape[1], dtype=wide)
     for k, picked in enumerate(_picked_rows(rows, slot_row)):
         if weights is None:
@@ -64,6 +67,15 @@ def split_rows(
     grad_rows = (copy_rows(grad, offsets, row_slot, slot_row).to(wide) * scale[:, None]).to(rows.dtype)
     dots = [(grad.to(wide) * picked.to(wide)).sum(-1) for picked in _picked_rows(rows, slot_row)]
     return grad_rows, torch.stack(dots, dim=1).to(weights.dtype)
+
+
+def _bags(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_rows in one pass over memory. Empty slots leave their bag, which needs values on the host: a CPU's are there."""
+    live = slot_row >= 0
+    counts = live.sum(1, dtype=torch.int32)
+    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    scale = None if weights is None else weights[live].to(rows.dtype)
+    return F.embedding_bag(slot_row[live], rows, starts, mode="sum", per_sample_weights=scale)
 
 
 def _picked_rows(rows: Tensor, slot_row: Tensor) -> list[Tensor]:

@@ -33,11 +33,12 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x (in the wide dtype, so that a caller may add to it before rounding) and of weight."""
-    grad, normed = grad.to(rstd.dtype), x * rstd
-    dw = (grad * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
-    scaled = grad * weight
-    mean = (scaled * normed).mean(-1, keepdim=True)
-    return torch.addcmul(scaled, normed, mean, value=-1).mul_(rstd), dw
+    # Both reductions are products of one tensor, grad * x, with a vector.
+    grad, wide = grad.to(rstd.dtype), weight.to(rstd.dtype)
+    product = (grad * x).reshape(-1, weight.shape[0])
+    dw = (rstd.reshape(-1) @ product).to(weight.dtype)
+    slope = (product @ wide).view_as(rstd).mul_(rstd / weight.shape[0]).mul_(rstd.square())
+    return (grad * wide).mul_(rstd).addcmul_(x.to(rstd.dtype), slope, value=-1), dw
 
 
 class _RmsNorm(torch.autograd.Function):
