@@ -24,6 +24,7 @@ from moe_train import config as tree
 from moe_train import routers
 from moe_train.config import Config
 from moe_train.errors import UserError
+from moe_train.patience import within
 
 Mapping = dict[str, Any]
 
@@ -32,6 +33,7 @@ LARGEST_FILE = 1 << 18  # bytes of a run file
 MOST_FILES = 100  # that a run file extends
 DEEPEST = 16  # sections inside each other
 MOST_PROBLEMS = 50  # in a report
+ANSWER_SECONDS = 5.0  # that other ranks get
 
 
 class _Loader(yaml.SafeLoader):
@@ -276,9 +278,7 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     for name, section in Config.model_fields.items():
         rows += describe_section(name, section.annotation)
     for name, router in sorted(routers.registry().items()):
-        rows += [
-            (f"model.router.{k}", t, d, f"[{name}] {doc}") for k, t, d, doc in describe_section("", router) if k != "name"
-        ]
+        rows += [(f"model.router.{k}", t, d, f"[{name}] {doc}") for k, t, d, doc in describe_section("", router) if k != "name"]
     return rows
 
 
@@ -370,7 +370,5 @@ def _mistakes(more: int, default: int) -> int:
 
     if not dist.is_available() or not dist.is_initialized():
         return default
-    try:
-        return int(dist.distributed_c10d._get_default_store().add("mistakes", more))
-    except RuntimeError:  # rank 0 held the store and has ended
-        return default
+    found = within(ANSWER_SECONDS, lambda: int(dist.distributed_c10d._get_default_store().add("mistakes", more)))
+    return default if found is None else found  # the rank that held the store has ended, or hangs

@@ -32,6 +32,7 @@ from moe_train.generate import generate
 from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
 from moe_train.parallel.mesh import World, data_place, start_world
+from moe_train.parallel.watch import Watch
 from moe_train.startup import Startup
 from moe_train.stop import StopRequest
 
@@ -228,7 +229,9 @@ class Trainer:
             startup.mark("log")
             self._say(startup.describe())
             stop = stack.enter_context(StopRequest(self.world))
+            watch = stack.enter_context(Watch(self.world, config.parallel.timeout_seconds))
             for step in range(self.start + 1, steps + 1):
+                watch.step = step
                 self._step(step, throughput)
                 stopping = stop.agreed()
                 with throughput.pause():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,19 +67,16 @@ class Bench:
         self.prefix = write_corpus(folder / "corpus")
 
     def wrong(self, size: int, cases: list[Case], prepare: Prepare = None, bug: Prepare = None) -> dict[str, list[str]]:
-        """What is wrong with cases on `size` ranks: differences that are too large, or a traceback. `bug` is for the ranks only."""
-        paths = self._references([case.run for case in cases], prepare)
-        runs = [(case.layout, self._with_data(case.run), path) for case, path in zip(cases, paths, strict=True)]
-        wrong: list[list[str]] = []
-        while len(wrong) < len(runs):  # ranks that fail are out of step, so that the next run gets new ones
-            rest = runs[len(wrong) :]
-            ranks = run_ranks(size, _compare, rest, [step for step in (prepare, bug) if step], timeout=3600)
-            done = min(len(found) for found, _ in ranks)
-            for i, ((_, _, path), case) in enumerate(zip(rest[:done], cases[len(wrong) :], strict=False)):
-                wrong.append(verify.judge(verify.combine([found[i] for found, _ in ranks], path), case.dtype).failures)
-            if done < len(rest):
-                wrong.append([f"rank {rank}: {error}" for rank, (_, error) in enumerate(ranks) if error])
-        return {str(case): failures for case, failures in zip(cases, wrong, strict=True) if failures}
+        """What is wrong with cases on `size` ranks: differences that are too large, or tracebacks. `bug` is for the ranks only."""
+        steps = [step for step in (prepare, bug) if step is not None]
+        wrong = {}
+        for case, path in zip(cases, self._references([case.run for case in cases], prepare), strict=True):
+            try:  # new ranks for each, since those that failed are out of step
+                ranks = run_ranks(size, _compare, case.layout, self._with_data(case.run), path, steps)
+                wrong[str(case)] = verify.judge(verify.combine(ranks, path), case.dtype).failures
+            except RuntimeError as error:
+                wrong[str(case)] = [str(error)]
+        return {case: failures for case, failures in wrong.items() if failures}
 
     def _with_data(self, run: Content) -> Content:
         return merge(run, {"data": {"train": self.prefix, "valid": self.prefix, "test": self.prefix}})
@@ -101,14 +97,7 @@ def _record(runs: dict[Path, Content], prepare: Prepare) -> None:
         verify.record(parse(run, path.name), path)
 
 
-def _compare(runs: list[tuple[str, Content, Path]], prepare: list[Callable[[], Any]]) -> tuple[list[verify.Found], str]:
-    """What this rank found in each run, until one failed, and its traceback."""
-    found: list[verify.Found] = []
-    try:
-        for step in prepare:
-            step()
-        for layout, run, path in runs:
-            found.append(verify.compare(verify.lay_out(parse(run, layout), layout).config, path))
-    except BaseException:
-        return found, traceback.format_exc()
-    return found, ""
+def _compare(layout: str, run: Content, path: Path, prepare: list[Callable[[], Any]]) -> verify.Found:
+    for step in prepare:
+        step()
+    return verify.compare(verify.lay_out(parse(run, layout), layout).config, path)

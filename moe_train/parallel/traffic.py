@@ -115,7 +115,9 @@ def _whole(group: dist.ProcessGroup, x: Any, *_: Any) -> int:
     return _size(x) * (group.size() - 1)
 
 
-def _exchange_base(group: dist.ProcessGroup, out: Tensor, x: Tensor, box: Any, received: list[int], sent: list[int], *_: Any) -> int:
+def _exchange_base(
+    group: dist.ProcessGroup, out: Tensor, x: Tensor, box: Any, received: list[int], sent: list[int], *_: Any
+) -> int:
     return _exchange(group, x, received, sent)
 
 

@@ -1,10 +1,11 @@
-"""The flagship under layouts of up to 1,024 ranks: what each rank would hold, without the machines (a fake process group, meta tensors).
+"""The flagship under layouts of up to 1,024 ranks: what each rank would hold, on a fake process group with meta tensors.
 
 The expected shapes are worked out here, from the layout's numbers alone.
 """
 
 import math
 import multiprocessing
+import runpy
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -117,7 +118,9 @@ def describe(path: str, words: list[str], world_size: int, rank: int) -> dict[st
             "whole": {name: tuple(p.shape) for name, p in parameters.items()},
             "local": {name: tuple(p.shape) for name, p in local.items()},
             "split": {name: [str(x).split("(")[0] for x in p.placements] for name, p in parameters.items()},
-            "bytes": sum(p.to_local().nbytes for _, p in model.named_parameters()),  # each stage here has its own copy of a cell
+            "bytes": sum(
+                p.to_local().nbytes for _, p in model.named_parameters()
+            ),  # each stage here has its own copy of a cell
             "meta": all(p.is_meta for p in local.values()),
             "layers": [len(p.layers) for p in model.parts],
             "peers": {axis: dist.get_process_group_ranks(model.layout.group(axis)) for axis in axes},
@@ -201,9 +204,7 @@ def test_the_flagship_on_many_ranks(layout: str, rank: int, process: ProcessPool
 def test_the_expected_parts_add_up() -> None:
     """The closed form itself: the parts of all ranks are `replicate` whole models, with a shared cell for each stage."""
     for axes, counts, _ in (LARGE["64"], LARGE["1024"]):
-        held = [
-            expected(axes, rank, ranges(counts)[axes.coordinates(rank)["pp"] :: axes.pp]) for rank in range(axes.world)
-        ]
+        held = [expected(axes, rank, ranges(counts)[axes.coordinates(rank)["pp"] :: axes.pp]) for rank in range(axes.world)]
         total = sum(math.prod(shape) for parts in held for name, shape in parts.items() if _is_split(name))
         copies = sum(math.prod(shape) for parts in held for name, shape in parts.items() if not _is_split(name))
         cell = sum(math.prod(shape) for shape in [(3 * P, P)] * 2 + [(3 * P,)] * 2)
@@ -225,7 +226,13 @@ def test_the_flagship_is_the_papers() -> None:
     assert (model.num_layers, model.hidden_size, model.num_heads, model.head_size, model.kv_heads) == (24, 1280, 20, 64, 20)
     assert (model.num_experts, model.ffn_hidden_size, model.shared_expert_size, model.vocab_size) == (16, 448, 0, 96512)
     assert (model.init_std, model.tie_embeddings, model.capacity_factor, model.has_dense_layers) == (0.02, False, None, False)
-    assert (router.name, router.top_k, router.cell, router.passing, router.balance_weight) == ("recurrent", 4, "gru", "full", 0.01)
+    assert (router.name, router.top_k, router.cell, router.passing, router.balance_weight) == (
+        "recurrent",
+        4,
+        "gru",
+        "full",
+        0.01,
+    )
     assert (train.seq_len, train.global_batch_size, train.steps) == (4096, 1120, 10000)
     assert (optim.lr, optim.min_lr, optim.warmup_steps) == (4.2e-4, 4.2e-5, 2000)
     assert (optim.beta1, optim.beta2, optim.weight_decay, optim.clip_norm) == (0.9, 0.95, 0.1, 1.0)
@@ -239,8 +246,22 @@ def test_fragments_hold_a_layout_and_nothing_else(name: str, tmp_path: Path) -> 
     assert config.model_copy(update={"parallel": flagship.parallel}) == flagship
     assert not config.layout_conflicts(8)
     assert config.layout_conflicts(16)
-    if name != "dp8":
-        assert load_run(SHIPPED[name][1]) == config
+    shipped = load_run(SHIPPED[name][1])
+    assert shipped.parallel == config.parallel or name == "dp8"  # which the flagship has without a number of ranks
+    assert shipped.model == config.model
+    assert not shipped.layout_conflicts(8)
+
+
+def test_the_documented_costs_are_those_of_these_layouts() -> None:
+    """The table of docs/parallelism.md is what its script prints, and the script's parameters are the ranks' parts above."""
+    docs = CONFIGS.parent / "docs"
+    script = runpy.run_path(str(docs / "figures" / "flagship_layouts.py"))
+    assert script["table"]() in (docs / "parallelism.md").read_text()
+    masters = {cost.name: cost.masters for cost in script["layouts"]()}
+    for name, documented in (("dp8", "dp8, `optimizer`"), ("ep8", "ep8"), ("tp2_ep4", "tp2 ep4"), ("pp2_dp4", "pp2 dp4")):
+        axes, _, stages = SHIPPED[name]
+        held = expected(axes, 0, [range(stages[0][0])])
+        assert masters[documented] == sum(math.prod(shape) for shape in held.values()), name
 
 
 SMALL = ["num_layers=4", "hidden_size=64", "vocab_size=512", "ffn_hidden_size=32"]

@@ -1,7 +1,6 @@
 """What a step sends, counted on real ranks, is what docs/parallelism.md says: every axis, every call, every byte."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -284,7 +283,7 @@ def test_pipeline(prefix: str) -> None:
 
 def test_what_it_cannot_count_is_an_error() -> None:
     """A collective that nobody has thought of must not be overlooked."""
-    with pytest.raises(RuntimeError, match="moe_train.parallel.traffic does not know c10d::gather_"):
+    with pytest.raises(RuntimeError, match=r"moe_train\.parallel\.traffic does not know c10d::gather_"):
         run_ranks(2, gather)
 
 

@@ -15,9 +15,8 @@ from moe_train import versus
 from moe_train.benchmark import RandomRows, append
 from moe_train.cli import parse
 from moe_train.config import Config
-from moe_train.engine.native import NativeEngine
+from moe_train.engine.native import Model, NativeEngine
 from moe_train.errors import UserError
-from moe_train.model.decoder import Decoder
 from moe_train.parallel.mesh import World, start_world
 from moe_train.rivals import Mixtral, build_mixtral, load_rival
 
@@ -46,7 +45,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert row["tokens_per_second_p20"] <= row["tokens_per_second"] <= row["tokens_per_second_p80"]
     assert set(row["seconds_per_step"]) == {"data", "forward", "backward", "optimizer"}
     assert row["steps"] == 3
-    assert 0 < row["memory_before_model_bytes"] < row["peak_memory_bytes"]
+    assert 0 < row["memory_before_model_bytes"] <= row["peak_memory_bytes"]
     assert row["torch"] == torch.__version__
     assert f"{row['tokens_per_second']:.0f} tokens/s" in done.stdout
 
@@ -146,8 +145,8 @@ def tiny(**model: object) -> Config:
     return parse(content | {"train": train, "optim": {"clip_norm": 0.1}}, "test")
 
 
-def copied(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """The decoder's parameters under Mixtral's names."""
+def copied(decoder: Model) -> dict[str, torch.Tensor]:
+    """Our parameters under Mixtral's names."""
     names = {
         "embedding.weight": "model.embed_tokens.weight",
         "head.weight": "lm_head.weight",
@@ -167,7 +166,8 @@ def copied(decoder: Decoder) -> dict[str, torch.Tensor]:
         prefix, rest = (
             (f"model.layers.{name.split('.')[1]}.", name.split(".", 2)[2]) if name.startswith("layers.") else ("", name)
         )
-        found[prefix + names[rest]] = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+        found[prefix + names[rest]] = whole.flatten(1, 2) if rest == "mlp.experts.gate_up" else whole  # theirs is [E, 2F, D]
     return found
 
 
@@ -180,7 +180,7 @@ def world() -> World:
 def test_the_rival_has_the_same_parameters(transformers: ModuleType, world: World, tied: bool) -> None:
     config = tiny(tie_embeddings=tied)
     ours, theirs = NativeEngine(config, world).model, build_mixtral(transformers, config)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert sum(p.numel() for _, p in ours.named_parameters()) == sum(p.numel() for p in theirs.parameters())
     assert theirs.config._experts_implementation == "grouped_mm"
 
 
