@@ -19,6 +19,7 @@ from moe_train.data.loader import Loader, MicroBatch, StepBatch
 from moe_train.engine.native import NativeEngine
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.parallel.mesh import World, start_world
+from moe_train.parallel.traffic import Traffic
 from moe_train.rivals import Steps, load_rival
 from moe_train.train import data_loader, settle_vocabulary
 
@@ -125,15 +126,23 @@ class Meter:
             **self.versions,
         }
 
+    def sent(self) -> dict[str, list[int]]:
+        """Calls and bytes of what this rank sends in one more step, by axis and collective. Counting takes time: it is not timed."""
+        assert isinstance(self.engine, NativeEngine)
+        with Traffic(self.engine.model.layout) as traffic:
+            self.engine.forward_backward(self.loader.next_step())
+            self.engine.step()
+        return {f"{axis} {operation}": list(sent) for (axis, operation), sent in traffic.sent().items()}
+
 
 def measure(config: Config, steps: int, warmup: int) -> dict[str, Any]:
-    """Time `steps` optimizer steps after `warmup` ones."""
+    """Time `steps` optimizer steps after `warmup` ones; on several ranks, count what another one sends."""
     meter = Meter(config)
     for step in range(warmup + steps):
         if step == warmup:
             meter.forget()
         meter.step()
-    return meter.row()
+    return meter.row() | ({"sent": meter.sent()} if meter.world.size > 1 else {})
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -166,6 +175,10 @@ def describe(row: dict[str, Any], say: Callable[[str], None] = print) -> None:
     say(
         f"a step: {parts}; peak memory {row['peak_memory_bytes'] / 1e9:.2f} GB a rank ({before:.2f} GB before there is a model)"
     )
+    if sent := row.get("sent"):
+        say(
+            "a rank sends: " + ", ".join(f"{what} {size / 1e6:.2f} MB in {calls} calls" for what, (calls, size) in sent.items())
+        )
 
 
 def quantile(values: list[float], q: float) -> float:

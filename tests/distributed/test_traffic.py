@@ -294,7 +294,7 @@ def gather() -> None:
     from moe_train.parallel.mesh import make_layout, start_world
     from moe_train.parallel.traffic import Traffic
 
-    config = parse({"train": {"device": "cpu"}}, "test")
+    config = parse({"train": {"device": "cpu", "micro_batch_size": 4}}, "test")
     layout = make_layout(config.parallel, start_world(config))
     with Traffic(layout):
         dist.gather(torch.zeros(2), [torch.zeros(2), torch.zeros(2)] if dist.get_rank() == 0 else None)
