@@ -90,12 +90,6 @@ class Layout:
         """The process group of this rank's peers along an axis."""
         return self._mesh_of(axis).get_group(axis)
 
-    def close(self) -> None:
-        """Give up the process groups, whose threads and connections would otherwise last as long as the process."""
-        groups = {group for mesh in (self.dense, self.experts, self.rows) for group in mesh.get_all_groups()} | {self.sharers}
-        for group in groups - {dist.group.WORLD}:
-            dist.destroy_process_group(group)
-
     def _mesh_of(self, axis: str) -> DeviceMesh:
         return next(m for m in (self.dense, self.experts, self.rows) if axis in (m.mesh_dim_names or ()))
 

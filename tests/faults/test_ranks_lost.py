@@ -50,7 +50,7 @@ def check(said: str, before: int, rank: int = 1) -> None:
     )
     assert found, said
     assert int(found[1]) - before in (0, 1)
-    assert 1 <= int(found[3]) <= int(found[1])
+    assert int(found[3]) <= int(found[1])  # signs come every second or two, many of these steps apart
     assert f"parallel.timeout_seconds={TIMEOUT}" in said
     assert said.count("RankFailure: ") == 1
 

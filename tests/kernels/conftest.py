@@ -1,13 +1,7 @@
 """Fixtures of the kernel tests. Without a GPU the Triton kernels run in Triton's interpreter, on poisoned memory."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so it must be set before the first import of triton
-
 import pytest
+import torch
 
 from moe_kernels import launch
 
