@@ -26,6 +26,8 @@ def shard(model: Decoder, layout: Layout, parallel: ParallelSection, world: Worl
     """
     # The router state that a block returns is a view; nothing writes into it.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
+    if world.size == 1 and world.dtype in (torch.float32, torch.float64):
+        return  # nothing to share and nothing to cast: FSDP would only copy every parameter and gradient
     mesh, expert_mesh = data_mesh(layout.dense), data_mesh(layout.experts)
     reshard = parallel.sharding == "parameters"
     reduced = torch.promote_types(torch.float32, world.dtype)
@@ -69,7 +71,8 @@ def _placement(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
 
 def sync_gradients(model: nn.Module, last: bool, parallel: ParallelSection) -> None:
     """Before a micro-batch: reduce its gradients over ranks at once, or (sharding `optimizer`, `none`) only those of the `last` one."""
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):
+        return  # one rank
     at_once = parallel.sharding in ("gradients", "parameters")
     model.set_requires_gradient_sync(last or at_once)
     model.set_reshard_after_backward(last or parallel.sharding == "parameters")  # else gathered parameters serve the whole step
