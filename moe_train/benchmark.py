@@ -16,8 +16,10 @@ import torch
 
 from moe_train.config import Config
 from moe_train.data.loader import Loader, MicroBatch, StepBatch
+from moe_train.engine.base import StepResult
 from moe_train.engine.native import NativeEngine
 from moe_train.flops import count_flops, matmul_rate
+from moe_train.metrics import router_health
 from moe_train.parallel.mesh import World, start_world
 from moe_train.parallel.traffic import Traffic
 from moe_train.rivals import Steps, load_rival
@@ -82,6 +84,7 @@ class Meter:
     def forget(self) -> None:
         """What was timed until now was warm-up."""
         self.split, self.rates, self.processor_seconds = Split(self.world.device), list[float](), 0.0
+        self.results = list[object]()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
@@ -91,9 +94,10 @@ class Meter:
         processor = time.process_time()
         batch = self.loader.next_step()
         self.split.mark("data")
-        self.engine.forward_backward(batch, self.split.mark)
+        result = self.engine.forward_backward(batch, self.split.mark)
         self.engine.step()
         self.split.mark("optimizer")
+        self.results.append(result)
         self.processor_seconds += time.process_time() - processor
         self.rates.append(batch.token_count / (self.split.last - start))
         return self.rates[-1]
@@ -122,9 +126,24 @@ class Meter:
             "router": config.model.router.name,
             "data": config.data.train or "random",
             "dtype": str(world.dtype)[6:],
+            **self._learned(),
             **machine(world.device),
             **self.versions,
         }
+
+    def _learned(self) -> dict[str, Any]:
+        """Cross entropy in nats per target, the mean of the first tenth of the steps and of the last, and the routers' last health."""
+        results = [result for result in self.results if isinstance(result, StepResult)]
+        if not results:  # a rival
+            return {}
+        tenth = max(len(results) // 10, 1)
+        first, last = (
+            statistics.fmean(result.cross_entropy for result in part) for part in (results[:tenth], results[-tenth:])
+        )
+        train = self.config.train
+        health = router_health(results[-1].stats, train.global_batch_size * train.seq_len)
+        health.pop("layers", None)
+        return {"cross_entropy_first": first, "cross_entropy_last": last, "health": health}
 
     def sent(self) -> dict[str, list[int]]:
         """Calls and bytes of what this rank sends in one more step, by axis and collective. Counting takes time: it is not timed."""

@@ -47,6 +47,8 @@ def test_one_run(tmp_path: Path) -> None:
     assert row["steps"] == 3
     assert 0 < row["memory_before_model_bytes"] <= row["peak_memory_bytes"]
     assert row["torch"] == torch.__version__
+    assert row["cross_entropy_last"] < row["cross_entropy_first"] < 7  # it trains; ln 320 = 5.8
+    assert row["health"]["dead_experts"] >= 0
     assert f"{row['tokens_per_second']:.0f} tokens/s" in done.stdout
 
 
