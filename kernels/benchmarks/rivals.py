@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class MoeCall:
     note: str = ""
 
 
-class Rival:
+class Rival(ABC):
     """What the harness asks of a rival."""
 
     name: ClassVar[str]
@@ -54,9 +55,9 @@ class Rival:
             return f"needs a CUDA device, not {device.type}"
         return why_not_importable(self.modules)
 
+    @abstractmethod
     def make(self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, ids: Tensor, weights: Tensor) -> MoeCall:
         """Bring the inputs into the rival's layouts. ids [T, K] int32, weights [T, K] fp32 whose values x's dtype holds."""
-        raise NotImplementedError
 
 
 def why_not_importable(modules: tuple[str, ...]) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import layer_ops
 import moe_ops
+import op_jobs
 import precompile
 import torch
 from harness import Budget, DeviceLost, Job, Session, Settings
@@ -85,16 +86,16 @@ def plan(options: argparse.Namespace) -> list[Job]:
     dtype = DTYPES[options.dtype] if options.dtype else torch.bfloat16 if cuda else torch.float32
     backends = ("triton", "torch") if cuda else ("torch", "reference")
     rivals = choose_rivals(options)
-    sizes = next(sizes for sizes in layer_ops.SIZES if (sizes.name == "tiny") != cuda)
+    sizes = next(sizes for sizes in op_jobs.SIZES if (sizes.name == "tiny") != cuda)
     extras = {rival.name for rival in rivals} | ({"compile"} if cuda and not options.quick else set())
     routings = options.routings.split(",")[: 1 if options.quick else None]
     jobs: list[Job] = []
     if options.suite in ("moe", "all"):
         jobs += moe_ops.jobs(choose_shapes(options), routings, rivals, backends, device, dtype)
     if options.suite in ("router", "all"):
-        jobs += layer_ops.jobs(layer_ops.ROUTER_OPS, sizes, sorted(extras), backends, device, dtype)
+        jobs += op_jobs.jobs(layer_ops.ROUTER_OPS, sizes, sorted(extras), backends, device, dtype)
     if options.suite in ("layer", "all"):
-        jobs += layer_ops.jobs(layer_ops.LAYER_OPS, sizes, sorted(extras), backends, device, dtype)
+        jobs += op_jobs.jobs(layer_ops.LAYER_OPS, sizes, sorted(extras), backends, device, dtype)
     return jobs
 
 

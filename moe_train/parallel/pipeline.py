@@ -8,6 +8,7 @@ Shapes: B rows, S_local positions here, D hidden, R router state.
 """
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,9 +30,12 @@ from torch.distributed.tensor import DTensor
 from moe_train.config import Config, ParallelSection
 from moe_train.flops import layer_costs
 from moe_train.model.decoder import Decoder, Output
+from moe_train.model.moe import MoE
 from moe_train.model.routing import BatchInfo, Carry, router_class
 from moe_train.parallel.fsdp import data_mesh
 from moe_train.parallel.mesh import Layout, World
+
+log = logging.getLogger(__name__)
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "gpipe": ScheduleGPipe,
@@ -40,6 +44,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
+ZERO_BUBBLE = ("zbv", "dualpipev")
 Feed = tuple[BatchInfo, Tensor | None]  # a micro-batch and its targets
 
 
@@ -47,7 +52,7 @@ def stages_of(parallel: ParallelSection, rank: int) -> list[int]:
     """The stages that pipeline rank `rank` holds: its own; or two, laid out in rounds or (zbv, dualpipev) in a V."""
     if parallel.stages == parallel.pp:
         return [rank]
-    return [rank, parallel.stages - 1 - rank if parallel.pp_schedule in ("zbv", "dualpipev") else rank + parallel.pp]
+    return [rank, parallel.stages - 1 - rank if parallel.pp_schedule in ZERO_BUBBLE else rank + parallel.pp]
 
 
 def split_layers(costs: list[float], head: float, stages: int) -> list[int]:
@@ -189,6 +194,14 @@ class Pipeline:
     def _make_schedule(self, count: int) -> Any:
         carry = self._metas(self.config.train.micro_batch_size, self.config.train.seq_len)
         number, loss = torch.empty(1, dtype=torch.long, device="meta"), torch.empty((), device="meta", requires_grad=True)
+        schedule = self.config.parallel.pp_schedule
+        if schedule in ZERO_BUBBLE and self.world.main and any(reuses_parameters(stage.decoder) for stage in self.stages):
+            log.warning(
+                "parallel.pp_schedule=%s: router %s uses parameters more than once in a stage, so their gradients are not put off "
+                "to fill bubbles; 1f1b and interleaved lose nothing",
+                schedule,
+                self.config.model.router.name,
+            )
         stages = [
             PipelineStage(
                 stage,
@@ -198,10 +211,11 @@ class Pipeline:
                 input_args=(number,) if stage.first else carry,
                 output_args=(loss,) if stage.last else carry,
                 group=self.group,
+                dw_builder=_no_weight_pass if reuses_parameters(stage.decoder) else None,
             )
             for stage, index in zip(self.stages, self.indices, strict=True)
         ]
-        kind = SCHEDULES[self.config.parallel.pp_schedule]
+        kind = SCHEDULES[schedule]
         # Every loss is a share of the step's, so gradients are summed over micro-batches as they are.
         return kind(stages if self.count > self.ranks else stages[0], count, loss_fn=lambda out, _: out, scale_grads=False)
 
@@ -216,6 +230,22 @@ class Pipeline:
         size = router.state_size_of(model.router, model)
         state = torch.empty(*shape, size, dtype=wide, device="meta", requires_grad=router.state_grad)
         return (hidden, state, loss) if size else (hidden, loss)
+
+
+def reuses_parameters(part: Decoder) -> bool:
+    """Whether a stage has a parameter that is used again on the way from one of its uses: a cell shared by its layers, for one.
+
+    Zero-bubble schedules compute the inputs' gradients first and the weights' later. Torch then starts from each use of a weight,
+    and on the way to an earlier use frees what the gradients of the weights in between need.
+    """
+    layers = [block.mlp for block in part.layers.values() if isinstance(block.mlp, MoE)]
+    cell = part.shared_router is not None and any(True for _ in part.shared_router.parameters())
+    return (cell and len(layers) > 1) or any(layer.router.reuses_parameters for layer in layers)
+
+
+def _no_weight_pass() -> Callable[[], None]:
+    """With this a stage computes its weights' gradients together with its inputs', and has nothing to do later."""
+    return lambda: None
 
 
 class SharedParameters:

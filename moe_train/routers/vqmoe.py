@@ -28,7 +28,7 @@ of the expert; watch `code_entropy` in the metrics (ln Q = all codes in even use
 the continuous branch.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -89,6 +89,7 @@ class VQMoERouter(TokenChoice):
     """One layer of VQMoE; see the module's docstring."""
 
     config: VQMoEConfig
+    reuses_parameters: ClassVar[bool] = True  # the norm of the discrete branch, before and after the experts
     codebook: Tensor
     moved: Tensor
     usage: Tensor

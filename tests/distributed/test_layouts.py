@@ -53,6 +53,7 @@ SLOW = [
     "ep=2,train.recompute=selective",
     "pp=2,train.recompute=full",
 ]
+ZERO_BUBBLE = ["pp=2,pp_schedule=zbv", "pp=2,pp_schedule=dualpipev"]  # four stages, of two layers each
 SETTINGS: dict[str, Content] = {"topk": {"z_weight": 0.01}, "recurrent": {"router_size": 8}, "smear": {"segment_size": 5}}
 # The gradient of VQMoE's mixing bias is a sum that nearly cancels: fp32 rounding alone can move it by 1e-5 (fp64: by 1e-14).
 EXACT: dict[str, Content] = {"vqmoe": {"train": {"dtype": "fp64"}, "kernels": {"backend": "torch"}}}
@@ -93,6 +94,12 @@ def test_one_layout_of_each_axis(size: int, bench: Bench) -> None:
     assert bench.wrong(size, cases) == {}
 
 
+def test_a_stage_that_uses_a_parameter_twice(bench: Bench) -> None:
+    """The shared cell in both layers of a stage, whose gradients a zero-bubble schedule would compute in two passes."""
+    deep = {"model": {"num_layers": 8}}
+    assert bench.wrong(2, [Case(ZERO_BUBBLE[0], tiny(RECURRENT, deep))]) == {}
+
+
 def test_rows_pack_several_documents(bench: Bench) -> None:
     """Otherwise nothing here would see what crosses a document's edge."""
     loader = Loader(bench.prefix, seq_len=64, micro_batch_size=2, global_batch_size=8, seed=0)
@@ -123,10 +130,10 @@ def test_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("layout", SLOW)
 def test_every_router(layout: str, bench: Bench) -> None:
     """fp32 for all of them, and fp64, which leaves no room for a small mistake, for the two with the most machinery."""
-    runs = [
-        tiny(router, EXACT.get(router["name"], {})) for router in EVERY if not REFUSED.get(router["name"], set()) & axes(layout)
-    ]
-    runs += [tiny(router, FP64) for router in (TOPK, RECURRENT)]
+    deep = {"model": {"num_layers": 8}} if layout in ZERO_BUBBLE else {}
+    chosen = [router for router in EVERY if not REFUSED.get(router["name"], set()) & axes(layout)]
+    runs = [tiny(router, EXACT.get(router["name"], {}), deep) for router in chosen]
+    runs += [tiny(router, FP64, deep) for router in (TOPK, RECURRENT)]
     assert bench.wrong(ranks_of(layout), [Case(layout, run) for run in runs]) == {}
 
 

@@ -15,6 +15,7 @@ import harness
 import layer_ops
 import machine
 import moe_ops
+import op_jobs
 import report
 import rivals
 import run
@@ -278,30 +279,30 @@ def test_rivals_say_why_they_cannot_run_and_what_they_are():
 
 @pytest.mark.parametrize("op", [*layer_ops.ROUTER_OPS, *layer_ops.LAYER_OPS], ids=lambda op: op.name)
 def test_layer_ops_agree_in_bf16(op):
-    sizes = layer_ops.SIZES[-1]
-    problem = layer_ops.build(op, sizes, torch.bfloat16, CPU)
+    sizes = op_jobs.SIZES[-1]
+    problem = op_jobs.build(op, sizes, torch.bfloat16, CPU)
     ways = [lambda inputs: op.ours(harness_backend("torch"), inputs), *([op.eager] if op.eager else [])]
     for forward in ways:
-        errors = harness.check(problem, layer_ops.prepare(op, forward, problem), CPU).errors
+        errors = harness.check(problem, op_jobs.prepare(op, forward, problem), CPU).errors
         assert max(errors.values()) < harness.TOLERANCE[torch.bfloat16], errors
 
 
 def test_an_op_in_place_is_given_its_inputs_back():
     op = layer_ops.LAYER_OPS[3]
     assert op.name == "swiglu"
-    problem = layer_ops.build(op, layer_ops.SIZES[-1], torch.float32, CPU)
+    problem = op_jobs.build(op, op_jobs.SIZES[-1], torch.float32, CPU)
 
     def in_place(inputs):
         (out,) = op.ours(harness_backend("torch"), inputs)
         inputs["gate_up"].data.mul_(2)  # after its last use in forward; the gradient is then that of another input
         return (out,)
 
-    runner = layer_ops.prepare(op, in_place, problem)
+    runner = op_jobs.prepare(op, in_place, problem)
     assert harness.check(problem, runner, CPU).errors["out"] < 1e-6
 
 
 def test_expected_loss_by_parts():
-    inputs = layer_ops._draw_loss(layer_ops.SIZES[-1], layer_ops.Draw(torch.float32, CPU))
+    inputs = layer_ops._draw_loss(op_jobs.SIZES[-1], op_jobs.Draw(torch.float32, CPU))
     whole, parts = layer_ops.expected_loss(inputs, chunk=1000), layer_ops.expected_loss(inputs, chunk=7)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value)
