@@ -72,7 +72,8 @@ class Bench:
         wrong = {}
         for case, path in zip(cases, self._references([case.run for case in cases], prepare), strict=True):
             try:  # new ranks for each, since those that failed are out of step
-                ranks = run_ranks(size, _compare, case.layout, self._with_data(case.run), path, steps)
+                arguments = (case.layout, self._with_data(case.run), path, steps)
+                ranks = run_ranks(size, _compare, *arguments, timeout=1200, patience=600)  # compilation takes minutes
                 wrong[str(case)] = verify.judge(verify.combine(ranks, path), case.dtype).failures
             except RuntimeError as error:
                 wrong[str(case)] = [str(error)]

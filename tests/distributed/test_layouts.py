@@ -160,10 +160,22 @@ FEATURES = {
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("size", FEATURES)
 def test_everything_a_model_may_have(size: int, bench: Bench) -> None:
-    """Shared expert, a dense layer, grouped queries, norms of heads, tied embeddings: together, under every scope of balancing."""
+    """Shared expert, a dense layer, grouped queries, norms of heads, tied embeddings: together, under every scope of balancing; rows
+    of one document; and experts that are full."""
     runs = [tiny({**router, "balance_scope": scope}, EVERYTHING, FP64) for router in (TOPK, RECURRENT) for scope in SCOPES]
     runs += [tiny(TOPK, {"data": {"mask_documents": False}}, FP64)]
+    limits = [{"capacity_factor": 0.75, "drop_policy": policy} for policy in ("position", "score")]
+    runs += [tiny(router, {"model": limit}, FP64) for router in (TOPK, RECURRENT) for limit in limits]
     assert bench.wrong(size, [Case(layout, run) for layout in FEATURES[size] for run in runs]) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", ["dp_shard=2", "tp=2", "ep=2", "pp=2", "cp=2", "cp=2,cp_method=ulysses"])
+def test_compiled_blocks(layout: str, bench: Bench) -> None:
+    """Blocks that torch.compile made, beside one process that did not."""
+    cases = [Case(f"{layout},train.compile=true", tiny(router, {"model": {"num_layers": 2}})) for router in (TOPK, RECURRENT)]
+    assert bench.wrong(2, cases) == {}
 
 
 # Where tokens go
