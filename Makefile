@@ -19,7 +19,7 @@ RANKS ?= $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
 THREADS ?= $(shell [ $(CORES) -ge $(RANKS) ] && echo $$(($(CORES) / $(RANKS))) || echo 1)
 TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
 
-.PHONY: help corpus pretrain test test-slow test-layouts test-gpu bench-gpu lint types format docs aot clean
+.PHONY: help corpus pretrain test test-slow test-layouts test-reshard test-integrations test-gpu bench-gpu bench-export lint types format docs aot clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -55,6 +55,16 @@ test-slow: $(VENV)/.installed-dev ## tests that take minutes
 test-layouts: $(VENV)/.installed-dev ## every router under every layout beside one process: the better part of an hour on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed/test_layouts.py $(ARGS)
 
+$(VENV)/.installed-integrations: $(VENV)/.made setup.py constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hf]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
+test-integrations: $(VENV)/.installed-integrations ## models in Hugging Face transformers and back
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration tests/integrations $(ARGS)
+
+test-reshard: $(VENV)/.installed-dev ## checkpoints of six layouts, each taken up under each of the others: minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed/test_reshard.py $(ARGS)
+
 # Small shapes under the sanitizers: they slow a kernel down a hundredfold.
 SANITIZED := -m gpu tests/kernels -k sanitizer -p no:cacheprovider
 test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device, then memcheck and racecheck where compute-sanitizer is installed
@@ -71,6 +81,17 @@ bench-gpu: $(VENV)/.installed-dev ## kernels beside their rivals, then end to en
 	  $(BIN)/torchrun --standalone --nproc-per-node=1 launch/benchmark.py configs/rmoe_1b_8xa100.yaml data.tokenizer=bytes \
 	    model.router.name=$$router model.router.top_k=4 train.micro_batch_size=8 train.global_batch_size=16 \
 	    --output $(BENCH_DATA)/training.jsonl || exit 1; done
+
+EXPORTED := data.tokenizer=bytes model.router.name=topk model.hidden_size=512 model.num_layers=12 model.num_heads=8 \
+  model.num_experts=16 model.ffn_hidden_size=512 train.steps=1 train.global_batch_size=1 train.micro_batch_size=1 train.seq_len=64 \
+  eval.max_rows=1 sample.max_tokens=0
+bench-export: $(VENV)/.installed-integrations ## peak memory of an export to Hugging Face beside the model's size; a row in kernels/benchmarks/data
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	head -c 20000 README.md > $$scratch/text.txt && \
+	$(BIN)/python launch/prepare_data.py $$scratch/text.txt --output $$scratch/text && \
+	$(BIN)/python launch/pretrain.py configs/quickstart.yaml $(EXPORTED) run.dir=$$scratch/run \
+	  data.train=$$scratch/text data.valid=$$scratch/text data.test=$$scratch/text && \
+	$(BIN)/python launch/convert.py to-hf $$scratch/run $$scratch/hf --memory $(BENCH_DATA)/export.jsonl
 
 aot: $(VENV)/.installed-dev ## compile every Triton kernel for every architecture; prints registers, shared memory, instructions
 	$(BIN)/python -m moe_kernels.aot $(ARGS)

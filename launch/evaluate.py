@@ -17,14 +17,22 @@ def run(words: list[str]) -> None:
     parser = ArgumentParser("launch/evaluate.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="run folder or checkpoint")
     parser.add_argument("--data", required=True, help="prefix of a prepared corpus, or a text file")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        default=0,
+        help="hidden rows of each layer that a row sees of the rows before (block transformer_xl)",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     given = parser.parse_args(words)
+    if given.memory < 0:
+        parser.error("--memory must not be negative")
 
     from moe_train.evaluate import evaluate_on, restore
 
     restored = restore(given.model, given.overrides)
     with tempfile.TemporaryDirectory() as scratch:
-        figures = evaluate_on(restored, given.data, Path(scratch))
+        figures = evaluate_on(restored, given.data, Path(scratch), given.memory)
     if restored.world.main:
         print(json.dumps({"checkpoint": str(restored.path), "step": restored.step, "data": given.data, **figures}))
 

@@ -290,6 +290,9 @@ def describe_section(prefix: str, section: Any) -> list[tuple[str, str, str, str
         if path == "model.router":
             rows.append(("model.router.name", " | ".join(sorted(routers.registry())), "recurrent", "which router"))
             continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, tree.Section):
+            rows += describe_section(path, field.annotation)
+            continue
         default = "required" if field.default is PydanticUndefined else json.dumps(field.default)
         rows.append((path, _type_name(field.annotation), default, " ".join((field.description or "").split())))
     return rows

@@ -6,7 +6,7 @@ beside itself, as a subclass of `RouterConfig`; `model.router.name` chooses amon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
@@ -101,6 +101,10 @@ class RouterConfig(Section):
         """What these keys let a token see that a causal model must not, one line each; said when a run starts."""
         return []
 
+    def adaptive_layers(self, model: ModelConfig) -> Sequence[int]:
+        """Blocks whose gate adapts to clusters of tokens (ACMoE); `c` in `model.transformer_xl.layers`."""
+        return ()
+
 
 class _RegisteredRouter:
     """Annotation: validated as the registered RouterConfig that `name` says (a union over the routers known when it is built)."""
@@ -126,9 +130,33 @@ class RunSection(Section):
     """seed of initialisation, data order and sampling"""
 
 
-class ModelConfig(Section):
-    """The decoder: Llama-style, with a mixture-of-experts layer in place of the MLP."""
+class TransformerXLSection(Section):
+    """The block of the papers' small models (`model.block: transformer_xl`); see moe_train/model/transformer_xl.py."""
 
+    layers: str | None = None
+    """two characters for each block: s (self-attention) or . (none), then g (experts), c (experts with an adaptive gate: router acmoe),
+    f (dense MLP) or . (none); default: sg for each, or sc where the router is adaptive"""
+    attn_type: Literal["table", "relative", "absolute"] = "table"
+    """how attention knows positions: table = a learned row for each distance, shared by all blocks (RMoE, ACMoE); relative =
+    Transformer-XL's sinusoids of distances; absolute = sinusoids added to the embeddings"""
+    attn_span: PositiveInt = 512
+    """table: the farthest distance that attention sees"""
+    residual: Literal["double", "single"] = "double"
+    """double: a norm and a residual inside of those around the experts (RMoE, ACMoE); single: only those around"""
+    dropout: Probability = 0.0
+    """probability that an entry is dropped in training"""
+
+
+LLAMA_ONLY = ("num_kv_heads", "shared_expert_size", "num_dense_layers", "moe_layer_freq", "qk_norm", "rope_theta")
+
+
+class ModelConfig(Section):
+    """The decoder: Llama-style or as the papers' small models, with a mixture-of-experts layer in place of the MLP."""
+
+    block: Literal["llama", "transformer_xl"] = "llama"
+    """llama: pre-norm, RMSNorm, rotary positions, SwiGLU; transformer_xl: post-norm, LayerNorm, positions by distance, ReLU, biases"""
+    transformer_xl: TransformerXLSection = TransformerXLSection()
+    """keys of block transformer_xl"""
     hidden_size: PositiveInt = 128
     """width D of the residual stream"""
     num_layers: PositiveInt = 4
@@ -142,7 +170,7 @@ class ModelConfig(Section):
     num_experts: PositiveInt = 8
     """experts E of a layer"""
     ffn_hidden_size: PositiveInt = 128
-    """width F of one SwiGLU expert"""
+    """width F of one expert"""
     shared_expert_size: NonNegativeInt = 0
     """width of an expert that every token visits; 0 = none"""
     num_dense_layers: NonNegativeInt = 0
@@ -156,14 +184,16 @@ class ModelConfig(Section):
     """rows of the embedding; default the tokenizer's vocabulary, rounded up to a multiple of 64"""
     tie_embeddings: bool = False
     """the output projection is the embedding"""
-    qk_norm: bool = False
-    """RMSNorm on each query and key head"""
+    qk_norm: bool | Literal["width"] = False
+    """RMSNorm on queries and keys: true = each head by itself; width = all heads together (OLMoE)"""
     rope_theta: PositiveFloat = 10000.0
     """base of the rotary position embedding"""
     norm_eps: PositiveFloat = 1e-5
-    """epsilon of RMSNorm"""
+    """epsilon of norms"""
     init_std: PositiveFloat = 0.02
     """standard deviation of the initial weights"""
+    frozen_experts: bool = False
+    """the experts are not trained (fine-tuning a new router)"""
     capacity_factor: PositiveFloat | None = None
     """an expert takes at most this times the mean load of a row; choices beyond it are dropped; null = dropless"""
     drop_policy: Literal["position", "score"] = "position"
@@ -188,8 +218,16 @@ class ModelConfig(Section):
         return self.dense_ffn_hidden_size or self.router.top_k * self.ffn_hidden_size
 
     @property
+    def sublayers(self) -> list[str]:
+        """The two characters of each block (transformer_xl)."""
+        text = self.transformer_xl.layers
+        return ["sg"] * self.num_layers if text is None else [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    @property
     def moe_layers(self) -> Sequence[int]:
         """Numbers of the blocks with experts; the others have a dense MLP (Megatron-LM's rule for moe_layer_freq)."""
+        if self.block == "transformer_xl":
+            return [layer for layer, pair in enumerate(self.sublayers) if pair[1:] in ("g", "c")]
         freq, first = self.moe_layer_freq, self.num_dense_layers
         if isinstance(freq, int):
             return range(-(-first // freq) * freq, self.num_layers, freq)
@@ -212,18 +250,48 @@ class ModelConfig(Section):
 
     def conflicts(self) -> list[Conflict]:
         """Rules between the model's keys."""
-        found = self._placement_conflicts()
+        found = [*self._block_conflicts(), *self._placement_conflicts()]
         if self.head_dim is None and self.hidden_size % self.num_heads:
             rule = f"must divide model.hidden_size={self.hidden_size}"
             found.append(Conflict("model.num_heads", self.num_heads, rule, "change it or set model.head_dim"))
-        elif self.head_size % 2:
+        elif self.head_size % 2 and self.block == "llama":
             found.append(Conflict("model.head_dim", self.head_size, "must be even for rotary embeddings", "use an even width"))
         if self.num_heads % self.kv_heads:
             rule = f"must divide model.num_heads={self.num_heads}"
             found.append(Conflict("model.num_kv_heads", self.kv_heads, rule, "use a divisor"))
         return found + self.router.conflicts(self)
 
+    def _block_conflicts(self) -> list[Conflict]:
+        """Keys of the other block, and rules of transformer_xl."""
+        if self.block == "llama":
+            return _left_out("model.transformer_xl", self.transformer_xl, TransformerXLSection.model_fields, "transformer_xl")
+        return _left_out("model", self, LLAMA_ONLY, "llama") + self._transformer_xl_conflicts()
+
+    def _transformer_xl_conflicts(self) -> list[Conflict]:
+        keys, layers, found = self.transformer_xl, self.num_layers, []
+        if keys.attn_type != "table" and keys.attn_span != TransformerXLSection().attn_span:
+            rule = f"attn_type={keys.attn_type} has no span"
+            found.append(Conflict("model.transformer_xl.attn_span", keys.attn_span, rule, "leave it out"))
+        if keys.attn_type != "table" and self.hidden_size % 2:
+            found.append(Conflict("model.hidden_size", self.hidden_size, "must be even for sinusoids", "use an even width"))
+        text, path = keys.layers, "model.transformer_xl.layers"
+        if text is None:
+            return found
+        if len(text) != 2 * layers or set(text[::2]) - set("s.") or set(text[1::2]) - set("gcf.") or ".." in self.sublayers:
+            rule = f"must be s or . and then g, c, f or . (not both .) for each of model.num_layers={layers} blocks"
+            return [*found, Conflict(path, text, rule, f"write {2 * layers} characters, such as {'sg' * layers}")]
+        if not self.moe_layers:
+            return [*found, Conflict(path, text, "leaves no block with experts", "put a g where experts are wanted")]
+        adaptive = self.router.adaptive_layers(self)
+        if [layer for layer, pair in enumerate(self.sublayers) if pair[1] == "c"] != list(adaptive):
+            rule = f"router {self.router.name} has an adaptive gate in blocks {list(adaptive)}, and c must be in these"
+            remedy = "move the c, or change model.router.name or model.router.plain_layers"
+            found.append(Conflict(path, text, rule, remedy))
+        return found
+
     def _placement_conflicts(self) -> list[Conflict]:
+        if self.block != "llama":
+            return []
         freq, layers = self.moe_layer_freq, self.num_layers
         if isinstance(freq, list) and len(freq) != layers:
             rule = f"must have one entry for each of model.num_layers={layers} blocks"
@@ -237,19 +305,44 @@ class ModelConfig(Section):
         return []
 
 
+def _left_out(path: str, section: Section, keys: Iterable[str], block: str) -> list[Conflict]:
+    """Those of the keys below `path` that are set although another block than the model's has them."""
+    changed = [key for key in keys if getattr(section, key) != type(section).model_fields[key].default]
+    rule = f"only model.block={block} has it"
+    return [Conflict(f"{path}.{key}", getattr(section, key), rule, "leave it out") for key in changed]
+
+
 class DataSection(Section):
     """Prepared corpora: prefixes of .bin/.idx pairs, as `launch/prepare_data.py` or Megatron-LM write them."""
 
     train: PathText | list[PathText] | None = None
-    """training prefixes; default: the corpus made from Python's standard library, under data/stdlib"""
+    """training prefixes or patterns of them (data/web-*); default: the corpus made from Python's standard library, under data/stdlib"""
+    weights: list[PositiveFloat] | None = None
+    """shares of the entries of train in the rows, blended; null = all entries are one corpus. They may change at a resume"""
+    order: Literal["shuffled", "contiguous"] = "shuffled"
+    """contiguous: each row of a batch continues the same row of the batch before, as Transformer-XL trains"""
     valid: PathText | list[PathText] | None = None
     """validation prefixes; default as for train"""
     test: PathText | list[PathText] | None = None
     """prefixes evaluated once at the end of training; default as for train"""
     tokenizer: PathText = "bytes"
-    """`bytes`, or the path of a SentencePiece model: what the corpora were prepared with"""
+    """`bytes`, or the path of a SentencePiece model, a tokenizer.json or a vocabulary: what the corpora were prepared with"""
     mask_documents: bool = True
     """attention stays inside a document when a row packs several"""
+
+    def conflicts(self) -> list[Conflict]:
+        """Rules of a blend."""
+        if self.weights is None:
+            return []
+        found = []
+        entries = len(self.train) if isinstance(self.train, list) else int(self.train is not None)
+        if len(self.weights) != entries:
+            rule = f"must be one number for each of the {entries} entries of data.train"
+            found.append(Conflict("data.weights", self.weights, rule, "change one of the two"))
+        if self.order == "contiguous":
+            rule = "rows of a blend (data.weights) cannot continue each other"
+            found.append(Conflict("data.order", self.order, rule, "use shuffled, or leave out data.weights"))
+        return found
 
 
 class TrainSection(Section):
@@ -307,7 +400,7 @@ class ParallelSection(Section):
     """ranks that share one copy of parameters, gradients and optimizer state; auto = what is left of the world"""
     sharding: Literal["none", "optimizer", "gradients", "parameters"] = "gradients"
     """what data-parallel ranks share out: `parameters` gathers them in forward and in backward, `gradients` reduces gradients after
-    each micro-batch, `optimizer` only after the last; `none` keeps a whole copy on each rank"""
+    each micro-batch (with pp after the last), `optimizer` only after the last; `none` keeps a whole copy on each rank"""
     tp: PositiveInt = 1
     """tensor parallel ranks, over which rows are sharded too (sequence parallelism)"""
     pp: PositiveInt = 1
@@ -366,10 +459,14 @@ class CheckpointSection(Section):
 
     every: NonNegativeInt = 500
     """steps between checkpoints; 0 = only the last step's"""
+    asynchronous: bool = True
+    """write in the background while training goes on, from a copy in the host's memory; false = training waits for the disk"""
     keep_last: PositiveInt = 2
     """newest checkpoints that are kept"""
     keep_every: NonNegativeInt = 0
     """checkpoints of steps that this divides are kept for ever; 0 = none"""
+    init_from: PathText | None = None
+    """a checkpoint, or a run folder with one, whose weights a new run starts from at step 0; a run that goes on does not read it"""
 
 
 class EvalSection(Section):
@@ -409,8 +506,12 @@ class Config(Section):
 
     def conflicts(self) -> list[Conflict]:
         """Every broken rule between keys that can be seen without knowing the number of ranks."""
-        found = [*self.model.conflicts(), *self.parallel.conflicts(), *self._sharding_conflicts()]
+        found = [*self.model.conflicts(), *self.data.conflicts(), *self.parallel.conflicts(), *self._sharding_conflicts()]
         found += self.model.router.layout_conflicts(self.parallel)
+        if self.model.block == "transformer_xl":
+            axes = {axis: getattr(self.parallel, axis) for axis in ("tp", "pp", "cp", "ep", "expert_tp")}
+            rule = "model.block=transformer_xl runs in one process or data parallel"
+            found += [Conflict(f"parallel.{axis}", n, rule, "use 1, or model.block=llama") for axis, n in axes.items() if n > 1]
         train, optim = self.train, self.optim
         if train.global_batch_size % train.micro_batch_size:
             rule = f"must be a multiple of train.micro_batch_size={train.micro_batch_size}"
@@ -487,6 +588,9 @@ class Config(Section):
             divided.append(("train.seq_len", train.seq_len, "parallel.tp", tp))
         remedy = "change one of the two"
         found = [Conflict(key, n, f"must be a multiple of {name}={axis}", remedy) for key, n, name, axis in divided if n % axis]
+        if tp > 1 and model.qk_norm == "width":
+            rule = "splits the heads, and model.qk_norm=width norms all of them together"
+            found.append(Conflict("parallel.tp", tp, rule, "use 1"))
         return found + self._pipeline_conflicts()
 
     def _pipeline_conflicts(self) -> list[Conflict]:

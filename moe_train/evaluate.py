@@ -2,22 +2,25 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_train.checkpoint import dcp
+from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli import load_run
-from moe_train.config import Config
+from moe_train.config import Config, Conflict
 from moe_train.data.indexed import beside
-from moe_train.data.loader import EvalRows
+from moe_train.data.loader import EvalRows, MicroBatch
 from moe_train.data.tokenizer import Tokenizer, load_tokenizer
 from moe_train.data.writer import DatasetWriter
 from moe_train.engine.base import Sums
 from moe_train.engine.native import Model
 from moe_train.errors import UserError
+from moe_train.model.transformer_xl import Memory
 from moe_train.parallel.mesh import World, data_place, start_world
 
 CONFIG_FILE = "config.yaml"
@@ -48,7 +51,7 @@ class Restored:
 def restore(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Restored:
     """Open the checkpoint at `path`, or the newest of the run there, on this machine's device and ranks."""
     path = dcp.find(path)
-    dcp.read_state(path)  # a damaged checkpoint is named as such before its config is read
+    read_manifest(path)  # a damaged checkpoint is named as such before its config is read
     config = load_run(path / CONFIG_FILE, [*PLAIN, *overrides])
     world = start_world(config)
     model = Model(config, world).materialise()
@@ -75,23 +78,61 @@ def byte_lengths(tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(tokenizer.byte_lengths())
 
 
-def evaluate_on(restored: Restored, data: str, scratch: Path) -> dict[str, float]:
-    """`report` on a prepared corpus (its prefix) or on a text file, which is encoded into `scratch`; every token counts."""
+def joined(microbatches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same rows, but where a document goes on from a row to the same row of the next micro-batch, so do its positions."""
+    before: Tensor | int = 0
+    for micro in microbatches:
+        goes_on = micro.doc_ids == micro.doc_ids[:, :1]
+        micro = replace(micro, positions=micro.positions + goes_on * before)
+        yield micro
+        before = torch.where(micro.targets[:, -1:] >= 0, micro.positions[:, -1:] + 1, 0)
+
+
+def check_memory(config: Config, ranks: int) -> None:
+    """Raise UserError with every reason why this run's model cannot be evaluated with memory on so many data-parallel ranks."""
+    model, found = config.model, []
+    if model.block != "transformer_xl":
+        rule = "only blocks of transformer_xl see hidden rows of earlier columns"
+        found.append(Conflict("model.block", model.block, rule, "evaluate without --memory"))
+    elif model.transformer_xl.attn_type == "absolute":
+        rule = "positions that are added to embeddings do not go on from row to row"
+        found.append(Conflict("model.transformer_xl.attn_type", "absolute", rule, "evaluate without --memory"))
+    if not config.data.mask_documents:
+        rule = "with memory a row sees back to the start of its document"
+        found.append(Conflict("data.mask_documents", False, rule, "set it to true, or evaluate without --memory"))
+    if ranks > 1:
+        rule = "with memory rows are evaluated one after the other"
+        found.append(Conflict("world size", ranks, rule, "use one process, or evaluate without --memory"))
+    if found:
+        raise UserError("\n  ".join(map(str, found)))
+
+
+def evaluate_on(restored: Restored, data: str, scratch: Path, memory: int = 0) -> dict[str, float]:
+    """`report` on a prepared corpus (its prefix) or on a text file, which is encoded into `scratch`; every token counts.
+
+    With `memory` each layer also sees its last so many hidden rows of the rows before (segment-level recurrence); it raises
+    UserError where that is impossible.
+    """
     config, world = restored.config, restored.world
     prefix = data
     if not os.path.exists(beside(data, ".idx")):
         prefix = str(_encode(Path(data), restored.tokenizer, scratch))
     rank, size = data_place(config.parallel, world)
+    if memory:
+        check_memory(config, size)
     rows = EvalRows(
         prefix,
         seq_len=config.train.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=1 if memory else config.train.micro_batch_size,
         dp_rank=rank,
         dp_size=size,
         vocab_size=config.model.vocab_size,
         tokenizer=restored.tokenizer,
     )
-    return report(restored.model.evaluate(rows, byte_lengths(restored.tokenizer)))
+    lengths = byte_lengths(restored.tokenizer)
+    if memory:
+        return report(restored.model.evaluate(joined(rows), lengths, Memory.start(1, memory, world.device)))
+    return report(restored.model.evaluate(rows, lengths))
 
 
 def _encode(path: Path, tokenizer: Tokenizer, scratch: Path) -> Path:

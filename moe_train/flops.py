@@ -9,7 +9,8 @@ parameter and token, plus the attention core (scores and weighted values), which
 
 Active means: attention projections, the experts that a token visits in a layer, shared experts, dense layers, the router (with the
 module that all layers share counted once per MoE layer) and the output head. Not counted: embedding look-up, norms, biases,
-softmax, optimizer, recomputation, and the masking of packed documents, which makes the attention core cheaper than stated.
+softmax, optimizer, recomputation, and the masking of packed documents, which makes the attention core cheaper than stated. Where
+attention knows positions by their distance (block transformer_xl), scores of distances count as a second set of scores.
 """
 
 import re
@@ -24,7 +25,9 @@ from moe_kernels import Backend
 from moe_train.config import ModelConfig
 from moe_train.model.decoder import Block, Decoder
 from moe_train.model.moe import MoE
+from moe_train.model.relative_attention import RelativeAttention
 from moe_train.model.routing import router_class
+from moe_train.model.transformer_xl import TransformerXLBlock
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def count_flops(config: ModelConfig, seq_len: int) -> Flops:
     for block in model.layers.values():
         for name, count in _parts(block, model).items():
             parts[name] += count
-    core = 12 * config.num_layers * config.num_heads * config.head_size * seq_len
+    core = sum(_core(block, config, seq_len) for block in model.layers.values())
     passes = 2 if router_class(config.router).two_passes else 1
     parts = {name: passes * count for name, count in parts.items()}
     return Flops(**parts, head=passes * _head(model), attention_core=passes * core)
@@ -75,8 +78,8 @@ def count_flops(config: ModelConfig, seq_len: int) -> Flops:
 def layer_costs(config: ModelConfig, seq_len: int) -> tuple[list[float], float]:
     """Training FLOP per token of each layer (attention core counted causal), and of the head: what a pipeline shares out."""
     model = _counted(config)
-    core = 6 * config.num_heads * config.head_size * seq_len
-    return [6.0 * sum(_parts(block, model).values()) + core for block in model.layers.values()], 6.0 * _head(model)
+    costs = [6.0 * sum(_parts(block, model).values()) + _core(block, config, seq_len) / 2 for block in model.layers.values()]
+    return costs, 6.0 * _head(model)
 
 
 def _counted(config: ModelConfig) -> Decoder:
@@ -86,8 +89,10 @@ def _counted(config: ModelConfig) -> Decoder:
 
 def _parts(block: nn.Module, model: Decoder) -> dict[str, int]:
     """Active matmul parameters of one block by part."""
-    assert isinstance(block, Block)  # a ModuleDict does not know its values' type
+    assert isinstance(block, Block | TransformerXLBlock)  # a ModuleDict does not know its values' type
     config, attention = model.config, _matrices(block.attention)
+    if isinstance(block.attention, RelativeAttention):  # distances are projected once for all rows
+        attention -= _matrices(block.attention.position)
     if not isinstance(block.mlp, MoE):
         return {"attention": attention, "dense": _matrices(block.mlp)}
     return {
@@ -96,6 +101,15 @@ def _parts(block: nn.Module, model: Decoder) -> dict[str, int]:
         "shared_experts": _matrices(block.mlp.shared_expert),
         "router": block.mlp.router.active_params() + _matrices(model.shared_router),
     }
+
+
+def _core(block: nn.Module, config: ModelConfig, seq_len: int) -> int:
+    """Training FLOP per token of one block's scores and weighted values, full attention."""
+    assert isinstance(block, Block | TransformerXLBlock)
+    if block.attention is None:
+        return 0
+    by_distance = config.block == "transformer_xl" and config.transformer_xl.attn_type != "absolute"
+    return (18 if by_distance else 12) * config.num_heads * config.head_size * seq_len
 
 
 def _head(model: Decoder) -> int:

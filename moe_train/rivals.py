@@ -103,7 +103,8 @@ def build_mixtral(transformers: Any, config: Config) -> torch.nn.Module:
 def conflicts(config: Config) -> list[Conflict]:
     """What a run may have and Mixtral has not."""
     model, found = config.model, []
-    for key, off in (("shared_expert_size", 0), ("num_dense_layers", 0), ("moe_layer_freq", 1), ("qk_norm", False)):
+    keys = {"block": "llama", "shared_expert_size": 0, "num_dense_layers": 0, "moe_layer_freq": 1, "qk_norm": False}
+    for key, off in keys.items():
         if (value := getattr(model, key)) != off:
             found.append(Conflict(f"model.{key}", value, "Mixtral has no such part", f"set it to {str(off).lower()}"))
     if config.data.train and config.data.mask_documents:

@@ -12,12 +12,14 @@ import math
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from moe_train.checkpoint import dcp
+from moe_train.checkpoint.examine import flat
+from moe_train.checkpoint.manifest import read_manifest
 from moe_train.checkpoint.rng import RNG_FILE, restore_rng, rng_state
+from moe_train.checkpoint.saver import Saver
 from moe_train.cli import dump, load_run
 from moe_train.config import Config
 from moe_train.data.corpus import build_default_corpus
@@ -28,11 +30,11 @@ from moe_train.errors import UserError
 from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, byte_lengths, report
 from moe_train.files import cannot_write, write_atomically
 from moe_train.flops import count_flops, matmul_rate
-from moe_train.generate import generate
+from moe_train.generate import Prompt, Sampling, cache_conflicts, generate, with_cache, without_cache
 from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
 from moe_train.parallel.mesh import World, data_place, start_world
-from moe_train.parallel.watch import Watch
+from moe_train.parallel.watch import RankFailure, Watch
 from moe_train.startup import Startup
 from moe_train.stop import StopRequest
 
@@ -119,6 +121,8 @@ def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
         dp_size=size,
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
+        weights=config.data.weights,
+        contiguous=config.data.order == "contiguous",
     )
 
 
@@ -134,6 +138,7 @@ def eval_rows(config: Config, world: World, tokenizer: Tokenizer, split: str, ma
         max_rows=max_rows,
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
+        contiguous=config.data.order == "contiguous",
     )
 
 
@@ -141,21 +146,17 @@ def check_model(path: Path, config: Config) -> None:
     """Raise UserError where the run of file `path` has another model than `config`; a file that is not there has none."""
     if not path.exists():
         return
-    there, here = (_flat(run.model.model_dump()) for run in (load_run(path), config))
-    differ = [f"{key}={there.get(key)} there, {here.get(key)} here" for key in here | there if there.get(key) != here.get(key)]
-    if differ:
+    if differ := model_differences(path, config):
         raise UserError(
             f"{path.parent} holds a run with another model ({path.name}: {'; '.join(differ)}); "
             "choose another run.dir, or give the same model"
         )
 
 
-def _flat(section: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
-    """Keys with their whole path, sections resolved."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        found |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
-    return found
+def model_differences(path: Path, config: Config) -> list[str]:
+    """Keys of the model section in which the run of file `path` and `config` differ."""
+    there, here = (flat({"model": run.model.model_dump()}) for run in (load_run(path), config))
+    return [f"{key}={there.get(key)} there, {here.get(key)} here" for key in here | there if there.get(key) != here.get(key)]
 
 
 def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -187,6 +188,7 @@ class Trainer:
     def __init__(self, config: Config, world: World, tokenizer: Tokenizer, folder: Path) -> None:
         self.config, self.world, self.tokenizer, self.folder = config, world, tokenizer, folder
         self.engine = NativeEngine(config, world)
+        self.logical_state = self.engine.logical_state()
         self.lengths = byte_lengths(tokenizer)
         self.loader = data_loader(config, world, tokenizer)
         self.validation = eval_rows(config, world, tokenizer, "valid", config.eval.max_rows)
@@ -199,19 +201,38 @@ class Trainer:
         """Go on from the newest checkpoint of the run folder, where there is one."""
         found = dcp.checkpoints(self.folder / "checkpoints")
         if not found:
+            self._start_from(self.config.checkpoint.init_from)
             return
         path, steps = found[-1], self.config.train.steps
-        self.start = dcp.read_state(path)["step"]
+        self.start = read_manifest(path)["step"]
         check_model(path / CONFIG_FILE, self.config)
         if self.start > steps:
             raise UserError(f"train.steps={steps}: {path} is beyond that; raise train.steps, or choose another run.dir")
         tensors = self.engine.state_dict()
         state = dcp.load(path, tensors)
+        if state.get("tokenizer") != self.tokenizer.fingerprint:
+            raise UserError(f"data.tokenizer={self.config.data.tokenizer}: not the one that {path} was trained with; give that one")
         self.loader.load_state_dict(state.get("loader"))
         self.engine.load_state_dict(tensors)
         self.engine.steps_done = self.start
         anew = "" if restore_rng(path, self.world.device) else "; torch's generators start anew on other ranks or devices"
         self.resumed = f"resumed at step {self.start} from {path}{anew}"
+
+    def _start_from(self, source: str | None) -> None:
+        """Take over the weights of a checkpoint, and nothing else of it."""
+        if source is None:
+            return
+        path = dcp.find(Path(source))
+        tensors = {"model": self.engine.model.state_dict()}
+        state = dcp.load(path, tensors)
+        if state.get("tokenizer") != self.tokenizer.fingerprint:
+            rule = f"not the one of {path}, whose ids mean something else"
+            remedy = f"give {path / TOKENIZER_FILE}"
+            raise UserError(f"data.tokenizer={self.config.data.tokenizer}: {rule}; {remedy}")
+        self.engine.model.load_state_dict(tensors["model"])
+        self.resumed = f"starts from the weights of {path}"
+        if differ := model_differences(path / CONFIG_FILE, self.config):
+            self.resumed += f", whose model differs in what is no weight: {'; '.join(differ)}"
 
     def run(self, startup: Startup) -> None:
         """Train from where the run stands to its last step; then test, sample and draw."""
@@ -229,6 +250,7 @@ class Trainer:
             startup.mark("log")
             self._say(startup.describe())
             stop = stack.enter_context(StopRequest(self.world))
+            saver = stack.enter_context(self._saver())
             watch = stack.enter_context(Watch(self.world, config.parallel.timeout_seconds))
             for step in range(self.start + 1, steps + 1):
                 watch.step = step
@@ -239,7 +261,9 @@ class Trainer:
                         self._evaluate(step, "valid", self.validation)
                     last = stopping or step == steps
                     if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                        self._save(step, last)
+                        self._save(saver, step, last)
+                    elif saver.done:
+                        self._settle(saver)
                 if stopping and step < steps:
                     self._say(f"stopped by {stop.name or 'a signal to another rank'} at step {step}; the same command goes on")
                     return
@@ -269,40 +293,51 @@ class Trainer:
         if self.log is not None:
             self.log.evaluation(step, split, figures)
 
-    def _save(self, step: int, last: bool) -> None:
-        """Write a checkpoint. Where the disk refuses, training goes on until the `last` one, which nothing can follow."""
+    def _saver(self) -> Saver:
+        checkpoint = self.config.checkpoint
+        return Saver(
+            self.folder / "checkpoints",
+            asynchronous=checkpoint.asynchronous,
+            last=checkpoint.keep_last,
+            every=checkpoint.keep_every,
+            device=self.world.device,
+            timeout_seconds=self.config.parallel.timeout_seconds,
+            lost=RankFailure,
+        )
+
+    def _save(self, saver: Saver, step: int, last: bool) -> None:
+        """Begin a checkpoint; finish it, if it is the `last` one, which nothing can follow and which must not fail."""
+        self._settle(saver)
         if self.log is not None:
             self.log.sync()  # a checkpoint presumes the rows up to its step
-        folder, keep = self.folder / "checkpoints", self.config.checkpoint
         files = {RNG_FILE: rng_state(self.world.device)}
         if self.world.main:
             files |= {name: (self.folder / name).read_bytes() for name in (CONFIG_FILE, TOKENIZER_FILE)}
-        try:
-            dcp.save(folder, step, self.engine.state_dict(), {"loader": self.loader.state_dict()}, files)
-        except UserError as error:
-            if last:
-                raise UserError(f"step {step} is not saved: {error}") from error
-            self._say(
-                f"warning: step {step} is not saved: {error}; training goes on, and the next checkpoint is tried as usual"
-            )
-            return
-        dcp.on_main(lambda: dcp.keep(folder, keep.keep_last, keep.keep_every))
+        state = {
+            "loader": self.loader.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+        saver.start(step, self.engine.state_dict(), state, files, self.logical_state)
+        if last and (refused := saver.wait()) is not None:
+            raise refused
+
+    def _settle(self, saver: Saver) -> None:
+        """Wait for the save in flight. Where the disk has refused it, training goes on until the last one."""
+        if (refused := saver.wait()) is not None:
+            self._say(f"warning: {refused}; training goes on, and the next checkpoint is tried as usual")
 
     def _finish(self, step: int, throughput: Throughput) -> None:
         for split, rows in self.whole_splits.items():
             self._evaluate(step, split, rows)
         sample = self.config.sample
         if sample.max_tokens:
-            text = generate(
-                self.engine.model.logits,
-                self.tokenizer,
-                sample.prompt,
-                max_tokens=sample.max_tokens,
-                temperature=sample.temperature,
-                seed=self.config.run.seed,
-                window=self.config.train.seq_len,
-                device=self.world.device,
-            )
+            model, device = self.engine.model, self.world.device
+            cached = not cache_conflicts(self.config)
+            predict = with_cache(model.decode, device) if cached else without_cache(model.logits, device)
+            prompt, sampling = Prompt(sample.prompt, self.config.run.seed), Sampling(sample.max_tokens, sample.temperature)
+            text = generate(predict, self.tokenizer, [prompt], sampling, self.config.train.seq_len)[0].text
+            model.reshard()
             if self.world.main:
                 (self.folder / "sample.txt").write_text(sample.prompt + text, encoding="utf-8")
             self._say(f"sample:\n{sample.prompt}{text}")

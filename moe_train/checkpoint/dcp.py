@@ -1,60 +1,91 @@
 """Checkpoints: torch.distributed.checkpoint shards in a folder that appears whole or not at all.
 
-`step-00000100/` holds the shards, `.metadata`, `config.yaml`, `tokenizer`, `rng.safetensors` and `state.json`: step, loader cursor,
-size and SHA-256 of every other file, and the SHA-256 of all that. It is written under a temporary name, synced, and renamed last, so
-that a folder with the final name is complete; `load` notices every byte that changed later.
+`step-00000100/` holds the shards, `.metadata`, `config.yaml`, `tokenizer`, `rng.safetensors` and `manifest.json`, which says what all
+of that is (checkpoint/manifest.py). It is written under a temporary name, synced, and renamed last, so that a folder with the final
+name is complete; `load` notices every byte that changed later, and every tensor that is not whole or not the model's.
 """
 
-import hashlib
-import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
-from moe_train.checkpoint.reader import INDEX_FILE, CheckpointReader, TensorPlanner
+from moe_train.checkpoint.manifest import (
+    MANIFEST_FILE,
+    PREFIX,
+    Entry,
+    Manifest,
+    check_cover,
+    check_nothing_else,
+    check_present,
+    damaged,
+    damaged_chunks,
+    entry_of,
+    file_entry,
+    hash_record,
+    read_manifest,
+    seal,
+)
+from moe_train.checkpoint.reader import INDEX_FILE, CheckpointReader, TensorPlanner, entries_of
 from moe_train.errors import UserError
 from moe_train.files import cannot_write, fsync_folder, write_atomically
 
-PREFIX = "step-"
 TEMPORARY = ".tmp-"
-STATE_FILE = "state.json"
-SHARDS = "*.distcp"
 
-Digests = dict[str, dict[str, Any]]  # file name -> bytes, sha256
-_DIGEST = {"bytes", "sha256"}
+Group = dist.ProcessGroup | None  # None = all ranks
+Digests = dict[tuple[str, int], str]  # (file, start of a record) -> SHA-256
 
 
-def save(folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], files: dict[str, bytes]) -> Path:
-    """Write the checkpoint of `step` into `folder` from all ranks. `files`: further files of rank 0, name -> content.
+class NotSaved(UserError):
+    """The disk refused a checkpoint."""
 
-    Raises UserError on every rank where the disk refuses; the checkpoints that were there stay, and nothing half-written does.
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Any],
+    state: dict[str, Any],
+    files: dict[str, bytes],
+    expected: Mapping[str, Tensor] | None = None,
+    group: Group = None,
+) -> Path:
+    """Write the checkpoint of `step` into `folder` from all ranks, which are those of `group`.
+
+    `tensors`: this rank's shards in nested dicts. `state`: JSON for the manifest. `files`: further files of rank 0, name -> content.
+    `expected`: the whole tensors (on meta) that all ranks together must give.
+    Raises NotSaved on every rank where the disk refuses; the checkpoints that were there stay, and nothing half-written does. Raises
+    UserError where a tensor is not whole or not as expected.
     """
     final = folder / f"{PREFIX}{step:08d}"
     work = folder / f"{TEMPORARY}{final.name}"
     try:
-        on_main(lambda: _prepare(work))
+        on_main(lambda: _prepare(work), group)
         writer = _Writer(work, sync_files=True)
-        _save_shards(tensors, writer)
-        digests: list[Digests] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(digests, writer.digests)
-        shards = {name: digest for part in digests for name, digest in part.items()}
-        on_main(lambda: _publish(work, final, files, {"step": step, **state}, shards))
-    except OSError as error:
+        index = _save_shards(tensors, writer, _Planner(expected), group)
+        parts: list[Digests] | None = [{}] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+        dist.gather_object(writer.digests, parts, group=group)
+        digests = {record: sha256 for part in parts or () for record, sha256 in part.items()}
+        on_main(lambda: _publish(work, final, files, {"step": step, **state}, entries_of(index, digests)), group)
+    except BaseException as error:
         if dist.get_rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
-        raise cannot_write(folder, error) from error
+        if isinstance(error, OSError):
+            raise NotSaved(f"step {step} is not saved: {cannot_write(folder, error)}") from error
+        raise
     return final
 
 
-def on_main(write: Callable[[], None]) -> None:
+def on_main(write: Callable[[], object], group: Group = None) -> None:
     """Run `write` on rank 0 while the others wait. An OSError there is raised on every rank, so that none waits for ever."""
     refused: list[OSError | None] = [None]
     if dist.get_rank() == 0:
@@ -62,13 +93,57 @@ def on_main(write: Callable[[], None]) -> None:
             write()
         except OSError as error:
             refused = [error]
-    dist.broadcast_object_list(refused)
+    dist.broadcast_object_list(refused, group=group)
     if refused[0] is not None:
         raise refused[0]
 
 
+class _Planner(DefaultSavePlanner):
+    """Checks on rank 0, before anything is written, that all ranks together have whole tensors, and the expected ones."""
+
+    def __init__(self, expected: Mapping[str, Tensor] | None) -> None:
+        super().__init__()
+        self.expected = expected
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Raises UserError naming the tensor and the shard."""
+        try:
+            planned = _planned(all_plans)
+            if self.expected is not None:
+                expected = {name: entry_of(tensor) for name, tensor in self.expected.items()}
+                check_present(expected, planned, "the shards")
+                check_nothing_else(expected, planned, "the shards")
+        except ValueError as error:
+            raise UserError(f"the ranks do not hold the model's whole state: {error}; earlier checkpoints stay") from None
+        return super().create_global_plan(all_plans)
+
+
+def _planned(plans: list[SavePlan]) -> dict[str, Entry]:
+    """The tensors of all ranks' plans. Raises ValueError unless they are tensors, whole, and the same on all ranks."""
+    found: dict[str, Entry] = {}
+    chunks: dict[str, dict[tuple[int, ...], tuple[Any, Any, str]]] = {}
+    for rank, plan in enumerate(plans):
+        file = f"__{rank}_0.distcp"
+        for item in plan.items:
+            name, data = item.index.fqn, item.tensor_data
+            if data is None:
+                raise ValueError(f"{name} is no tensor, and only tensors are saved")
+            entry = Entry(list(data.size), str(data.properties.dtype)[6:], [])
+            check_present({name: found.setdefault(name, entry)}, {name: entry}, file)
+            box = chunks.setdefault(name, {}).setdefault(tuple(data.chunk.offsets), (*_box(data.chunk), file))
+            if box[:2] != _box(data.chunk):
+                raise ValueError(f"{name} has chunks of {box[1]} and {_box(data.chunk)[1]} at {box[0]} in {box[2]} and {file}")
+    for name, entry in found.items():
+        check_cover(name, entry.shape, chunks[name].values())
+    return found
+
+
+def _box(chunk: Any) -> tuple[list[int], list[int]]:
+    return list(chunk.offsets), list(chunk.sizes)
+
+
 class _Writer(dcp.FileSystemWriter):
-    """Writes this rank's shards and notes their digests."""
+    """Writes this rank's shards and notes the digests of their records."""
 
     digests: Digests = {}
 
@@ -77,7 +152,11 @@ class _Writer(dcp.FileSystemWriter):
             done = super().write_data(plan, planner)
         except RuntimeError as error:
             raise _refusal(error) or error from None
-        self.digests = {path.name: _digest(path) for path in Path(self.path).glob(f"{plan.storage_data.prefix}{SHARDS}")}
+        places = [result.storage_data for result in done.value()]
+        self.digests = {
+            (place.relative_path, place.offset): hash_record(Path(self.path, place.relative_path), place.offset, place.length)
+            for place in places
+        }
         return done
 
 
@@ -88,13 +167,13 @@ def _refusal(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _save_shards(tensors: dict[str, Any], writer: _Writer) -> None:
-    """dcp.save, with the OSError of whichever rank had one instead of torch's own exception, which is not an Exception."""
+def _save_shards(tensors: dict[str, Any], writer: _Writer, planner: SavePlanner, group: Group) -> Metadata:
+    """dcp.save, with the error of whichever rank had one instead of torch's own exception, which is not an Exception."""
     try:
-        dcp.save(tensors, storage_writer=writer)
+        return dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
     except dcp.api.CheckpointException as error:
         for failure, _ in error.failures.values():
-            if isinstance(failure, OSError):
+            if isinstance(failure, OSError | UserError):
                 raise failure from error
         raise RuntimeError(str(error)) from error
 
@@ -105,27 +184,17 @@ def _prepare(work: Path) -> None:
     fsync_folder(work.parent.parent)
 
 
-def _publish(work: Path, final: Path, files: dict[str, bytes], state: dict[str, Any], shards: Digests) -> None:
-    """Add what rank 0 writes, state.json last, and give the folder its final name."""
+def _publish(work: Path, final: Path, files: dict[str, bytes], state: dict[str, Any], tensors: dict[str, Entry]) -> None:
+    """Add what rank 0 writes, the manifest last, and give the folder its final name."""
     for name, content in files.items():
         write_atomically(work / name, content)
-    own = {path.name: _digest(path) for path in sorted(work.iterdir()) if path.name not in shards}
-    state = {**state, "files": own | shards}
-    write_atomically(work / STATE_FILE, json.dumps({**state, "sha256": _seal(state)}).encode())
+    state["files"] = {path.name: file_entry(path) for path in sorted(work.iterdir())}
+    state["tensors"] = {name: entry._asdict() for name, entry in tensors.items()}
+    write_atomically(work / MANIFEST_FILE, seal(state))
     if final.exists():  # damaged by hand, or a run that went back and came here again
         _delete(final)
     os.rename(work, final)
     fsync_folder(final.parent)
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _seal(state: dict[str, Any]) -> str:
-    """The SHA-256 of a state as JSON, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def clean(folder: Path) -> None:
@@ -141,20 +210,23 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Fill `tensors` in place from the checkpoint at `path` and return its state. Raises UserError where it is damaged."""
-    state = read_state(path)
-    _check_shards(path, state["files"])
-    reader = CheckpointReader(path, {name: said["bytes"] for name, said in state["files"].items()})
+def load(path: Path, tensors: dict[str, Any]) -> Manifest:
+    """Fill `tensors` in place from the checkpoint at `path` and return its manifest, on all ranks.
+
+    Raises UserError where a byte of it has changed, a tensor is not whole, or the sections asked for are not the model's.
+    """
+    manifest = read_manifest(path)
+    _check_records(path, manifest["tensors"])
+    reader = CheckpointReader(path, manifest["tensors"])
     try:
-        dcp.load(tensors, storage_reader=reader, planner=TensorPlanner())
+        dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(manifest["tensors"]))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
         raise UserError(
             f"{path}: cannot be loaded into this model: {_reason(error)}; use another checkpoint, or the model that it is of"
         ) from error
-    return state
+    return manifest
 
 
 def _reason(error: BaseException) -> str:
@@ -165,70 +237,20 @@ def _reason(error: BaseException) -> str:
     return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or ['no reason given'])[0][:400]}"
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The small state of a checkpoint: step, loader cursor. Reads every file but the shards, of which it checks the size.
-
-    Raises UserError where a file is missing or not as it was written.
-    """
-    try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        seal = state.pop("sha256", None) if isinstance(state, dict) else None
-        whole = seal == _seal(state)
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"not a complete checkpoint: {STATE_FILE}: {error}") from None
-    if not whole:
-        raise _damaged(path, f"{STATE_FILE} does not have the SHA-256 that it names")
-    _check_state(path, state)
-    for name, said in state["files"].items():
-        file = path / name
-        there = file.stat().st_size if file.is_file() else None
-        if there != said["bytes"]:
-            raise _damaged(path, f"{name} has {there} of {said['bytes']} bytes")
-        if not file.match(SHARDS) and _digest(file) != said:
-            raise _damaged(path, f"{name} does not have the SHA-256 that it was saved with")
-    return state
-
-
-def _check_state(path: Path, state: dict[str, Any]) -> None:
-    """Raise UserError unless a state has the step that the folder is named after, and a digest of files in the folder."""
-    step, files = state.get("step"), state.get("files")
-    named = path.name.removeprefix(PREFIX)
-    if type(step) is not int or step < 0 or (path.name.startswith(PREFIX) and named != f"{step:08d}"):
-        raise _damaged(path, f"{STATE_FILE} says step={step!r}, which must be the number in the folder's name")
-    if not isinstance(files, dict) or not all(_is_digest(name, said) for name, said in files.items()):
-        raise _damaged(path, f"{STATE_FILE} has no bytes and sha256 of each file in the folder")
-
-
-def _is_digest(name: str, said: Any) -> bool:
-    return Path(name).name == name and isinstance(said, dict) and type(said.get("bytes")) is int and said.keys() == _DIGEST
-
-
-def _check_shards(path: Path, files: Digests) -> None:
-    """Compare the shards with their digests, each of them on one rank."""
-    shards = sorted(name for name in files if Path(name).match(SHARDS))
-    mine = shards[dist.get_rank() :: dist.get_world_size()]
-    wrong = [name for name in mine if _digest(path / name) != files[name]]
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, wrong)
-    if names := [name for part in found for name in part]:
-        raise _damaged(path, f"{names[0]} does not have the SHA-256 that it was saved with")
-
-
-def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(
-        f"{path}: damaged: {problem}; use another checkpoint, or remove this one: a run goes on from the one before"
-    )
-
-
-def complete(path: Path) -> bool:
-    """Whether `path` is a finished checkpoint."""
-    return os.path.isfile(path / INDEX_FILE) and os.path.isfile(path / STATE_FILE)
+def _check_records(path: Path, tensors: Mapping[str, Entry]) -> None:
+    """Compare the records of all chunks with their digests, each of them on one rank."""
+    chunks = [(name, chunk) for name, entry in tensors.items() for chunk in entry.chunks]
+    mine = chunks[dist.get_rank() :: dist.get_world_size()]
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, next(damaged_chunks(path, mine), None))
+    if problem := next(filter(None, found), None):
+        raise damaged(path, problem)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints in `folder`, oldest first."""
+    """The checkpoints in `folder`, oldest first. What has a checkpoint's name was complete once: what is missing there is damage."""
     found = folder.glob(f"{PREFIX}*") if os.path.isdir(folder) else []
-    return sorted((p for p in found if p.name[len(PREFIX) :].isdecimal() and complete(p)), key=step_of)
+    return sorted((p for p in found if p.name[len(PREFIX) :].isdecimal() and p.is_dir()), key=step_of)
 
 
 def keep(folder: Path, last: int, every: int) -> None:
@@ -245,7 +267,7 @@ def step_of(path: Path) -> int:
 
 def find(path: Path) -> Path:
     """A checkpoint from the path of one, or of a run folder (its newest)."""
-    if complete(path):
+    if any(os.path.isfile(path / name) for name in (MANIFEST_FILE, INDEX_FILE)):
         return path
     if found := checkpoints(path / "checkpoints"):
         return found[-1]

@@ -1,18 +1,18 @@
 """Reading a checkpoint that anybody may have written: nothing in it runs as code, and nothing outside of it is read.
 
 torch.distributed.checkpoint keeps its index, `.metadata`, as a pickle, and unpickles whatever in the shards is no tensor. A pickle
-is a program. Here the index may build the classes of an index from few instructions and nothing else, its entries must lie inside the
-files of the checkpoint, and what is no tensor is refused. Tensors are read by torch.load with `weights_only`.
+is a program. Here the index may build the classes of an index from few instructions and nothing else, it must say what the manifest
+says, which is JSON, and what is no tensor is refused. Tensors are read by torch.load with `weights_only`.
 """
 
 import io
-import math
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.serialization import _get_layout
 
+from moe_train.checkpoint.manifest import MANIFEST_FILE, Chunk, Entry, check_nothing_else, check_present, entry_of
 from moe_train.errors import UserError
 
 INDEX_FILE = ".metadata"
@@ -79,14 +80,14 @@ class _IndexUnpickler(pickle._Unpickler):
 
 
 class CheckpointReader(FileSystemReader):
-    """The shards in a folder. `sizes`: file name -> bytes, of the files that belong to the checkpoint.
+    """The shards in a folder, of which the manifest lists `tensors`.
 
-    Raises UserError where the index cannot be read, asks for what is no part of an index, or does not fit the files.
+    Raises UserError where the index cannot be read, asks for what is no part of an index, or is not that of the manifest.
     """
 
-    def __init__(self, path: Path, sizes: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Entry]) -> None:
         super().__init__(path)
-        self._index = read_index(path, sizes)
+        self._index = read_index(path, tensors)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index, which was read and checked on opening."""
@@ -94,49 +95,72 @@ class CheckpointReader(FileSystemReader):
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """Fills tensors, and refuses what is none in the checkpoint."""
+    """Fills tensors if they are those of the checkpoint: none missing, none left over, none of another shape or dtype.
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Raise ValueError, where torch would unpickle anything."""
-        raise ValueError(f"{read_item.dest_index.fqn} is no tensor in the checkpoint, and only tensors are read")
+    `tensors`: what the manifest lists. What the ranks ask for is compared with the sections that they ask for, such as `model`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Entry]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def create_local_plan(self) -> LoadPlan:
+        """Raises ValueError where this rank asks for what is not there."""
+        others = [name for name, value in self.state_dict.items() if not isinstance(value, Tensor)]
+        if others:
+            raise ValueError(f"{others[0]} is no tensor, and only tensors are read")
+        check_present({name: entry_of(value) for name, value in self.state_dict.items()}, self.tensors, MANIFEST_FILE)
+        return super().create_local_plan()
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Raises ValueError where no rank asks for a tensor of these sections."""
+        wanted = {item.dest_index.fqn for plan in global_plan for item in plan.items}
+        sections = {name.partition(".")[0] for name in wanted}
+        there = [name for name, entry in self.tensors.items() if name.partition(".")[0] in sections and all(entry.shape)]
+        check_nothing_else(wanted, there, MANIFEST_FILE)
+        return super().create_global_plan(global_plan)
 
 
-def read_index(path: Path, sizes: Mapping[str, int]) -> Metadata:
-    """Read `path/.metadata`, checked against the sizes of the checkpoint's files. Raises UserError where it is not sound."""
+def read_index(path: Path, tensors: Mapping[str, Entry]) -> Metadata:
+    """Read `path/.metadata`, torch's index of the shards. Raises UserError unless it says what the manifest says of `tensors`."""
     file = path / INDEX_FILE
     try:
         index = _IndexUnpickler(io.BytesIO(file.read_bytes())).load()
         if type(index) is not Metadata:
             raise ValueError(f"it holds a {type(index).__name__}")
-        for name, entry in index.state_dict_metadata.items():
-            if not isinstance(entry, BytesStorageMetadata):
-                _check_chunks(name, entry)
-        for where, place in index.storage_data.items():
-            _check_place(where.fqn, place, sizes)
+        _compare(entries_of(index, {}), tensors)
     except Exception as error:  # a damaged pickle raises anything
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(f"{file}: not the index of a checkpoint, or damaged: {reason}; use another checkpoint") from None
     return index
 
 
-def _check_chunks(name: str, tensor: TensorStorageMetadata) -> None:
-    """Raise ValueError unless the chunks of a tensor lie in it and are as large as it is together."""
-    covered = 0
-    for chunk in tensor.chunks:
-        for start, length, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True):
-            if start < 0 or length < 0 or start + length > whole:
-                raise ValueError(f"{name} of {list(tensor.size)} has a chunk of {list(chunk.sizes)} at {list(chunk.offsets)}")
-        covered += math.prod(chunk.sizes)
-    if covered != math.prod(tensor.size):
-        raise ValueError(f"{name} of {list(tensor.size)} has {covered} of its {math.prod(tensor.size)} numbers")
+def entries_of(index: Metadata, digests: Mapping[tuple[str, int], str]) -> dict[str, Entry]:
+    """What the manifest says of the tensors of an index. `digests`: (file, start) -> SHA-256 of a record.
+
+    Raises ValueError where it holds what is no tensor, or records that are encoded.
+    """
+    found = {}
+    for name, tensor in index.state_dict_metadata.items():
+        if isinstance(tensor, BytesStorageMetadata):
+            raise ValueError(f"{name} is no tensor, and only tensors are read")
+        chunks = []
+        for chunk in tensor.chunks:
+            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
+            if place.transform_descriptors:
+                raise ValueError(f"{name} is encoded by {place.transform_descriptors!r}, which this code does not read")
+            sha256 = digests.get((place.relative_path, place.offset), "")
+            record = (place.relative_path, place.offset, place.length, sha256)
+            chunks.append(Chunk(list(chunk.offsets), list(chunk.sizes), *record))
+        found[name] = Entry(list(tensor.size), str(tensor.properties.dtype)[6:], chunks)
+    return found
 
 
-def _check_place(name: str, place: _StorageInfo, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError unless the bytes lie in a file of the checkpoint, as they are."""
-    size = sizes.get(place.relative_path)
-    if size is None:
-        raise ValueError(f"{name} is in {place.relative_path!r}, which is no file of this checkpoint")
-    if place.offset < 0 or place.length < 1 or place.offset + place.length > size:
-        raise ValueError(f"{name} is at byte {place.offset} of {place.relative_path}, {place.length} long, of {size} bytes")
-    if place.transform_descriptors:
-        raise ValueError(f"{name} is encoded by {place.transform_descriptors!r}, which this code does not read")
+def _compare(index: Mapping[str, Entry], manifest: Mapping[str, Entry]) -> None:
+    """Raise ValueError unless an index says what the manifest says, but for the digests, which it does not have."""
+    check_present(manifest, index, INDEX_FILE)
+    check_nothing_else(manifest, index, INDEX_FILE)
+    for name, entry in index.items():
+        there, said = (sorted(chunk[:5] for chunk in chunks) for chunks in (entry.chunks, manifest[name].chunks))
+        if there != said:
+            raise ValueError(f"the chunks of {name} are not those in {MANIFEST_FILE}")

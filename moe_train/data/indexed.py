@@ -285,6 +285,15 @@ class IndexedDataset:
         # Each end is the start of the next document; empty documents start there too.
         return len({self.start(d) for d in range(first, last)})
 
+    def lengths(self) -> Int64s:
+        """Return the tokens of each document, int64 [documents]."""
+        ends = np.append(self._offsets, self.num_tokens * self.dtype.itemsize)[self._boundaries]
+        return np.diff(ends) // self.dtype.itemsize
+
+    def labels(self) -> Int64s:
+        """Return the label of each document, int64 [documents]."""
+        return self._labels_of(0, self.num_documents)
+
     def label(self, document: int) -> int:
         """Return the label of a document, 0 where there are no labels."""
         return int(self._labels_of(document, document + 1)[0])

@@ -2,13 +2,14 @@
 
 Row r of an epoch is the tokens at [r S, (r + 1) S) of all documents behind each other; fewer than S tokens at the end of the
 stream are in no row. Sample i of a run is row `Order(rows, seed, epoch)(i % rows)` of epoch i // rows, so the position in the
-data is one number, whatever the ranks, workers and batch sizes are. Micro-batch j of a step takes samples
+data is one number, whatever the ranks, workers and batch sizes are. With weights each prefix has its own rows, order and position
+(mixture.py); contiguous rows continue each other from batch to batch. Micro-batch j of a step takes samples
 [cursor + j B, cursor + (j + 1) B) and goes to data-parallel rank j % dp_size.
 
 Shapes: B rows of a micro-batch, S positions, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from moe_train.data.indexed import Int64s
-from moe_train.data.order import Order
+from moe_train.data.mixture import MAX_SAMPLES, Mixture, Source, check_weights
+from moe_train.data.order import Lanes
 from moe_train.data.stream import NO_TARGET, Prefixes, TokenStream
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 
-STATE_VERSION = 1
-MAX_SAMPLES = 2**48  # of a run: sums of them stay far below 2**63
+STATE_VERSION, BLEND_VERSION = 1, 2  # of the state of one source, and of several with weights
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,14 @@ class StepBatch:
     microbatches: list[MicroBatch]
     token_count: int
     target_count: int
+    continues: bool = False  # each row goes on where the same row of the step before has ended
 
 
 class Loader:
     """Training batches, for ever. Opening takes the same time for any size of the data, and so does going to any place in it.
+
+    `weights`, one for each prefix, blend the prefixes; without them they are one corpus. `contiguous` cuts the corpus into as many
+    streams as a global batch has rows, which rows of a batch go through side by side.
 
     Raises UserError when the data cannot be read, has fewer tokens than one row, or the batch sizes do not divide.
     """
@@ -65,6 +70,8 @@ class Loader:
         dp_size: int = 1,
         vocab_size: int | None = None,
         tokenizer: Tokenizer | None = None,
+        weights: Sequence[float] | None = None,
+        contiguous: bool = False,
     ) -> None:
         _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
@@ -76,15 +83,41 @@ class Loader:
         self._seq_len, self._micro_batch_size, self._global_batch_size = seq_len, micro_batch_size, global_batch_size
         self._seed, self._dp_rank, self._dp_size = seed, dp_rank, dp_size
         self._cursor = 0  # samples taken since the start of the run, by all ranks
-        self.rows_per_epoch = self._stream.num_tokens // seq_len
-        if self.rows_per_epoch == 0:
-            raise UserError(
-                f"the data ({self._names()}) has {self._stream.num_tokens} tokens, fewer than one row of {seq_len}; "
-                "add data or lower train.seq_len"
-            )
+        self._blended, self._lanes = weights is not None, global_batch_size if contiguous else None
+        if contiguous and weights is not None:
+            raise UserError("data.order=contiguous: rows of a blend cannot continue each other; leave out data.weights")
+        self._mixture = Mixture(self._sources(weights), seq_len, seed, self._lanes)
+        self.rows_per_epoch = sum(source.rows for source in self._mixture.sources)
 
-    def _names(self) -> str:
-        names = [str(d.prefix) for d in self._stream.datasets]
+    def _sources(self, weights: Sequence[float] | None) -> list[Source]:
+        stream = self._stream
+        spans = [(0, len(stream.datasets))] if weights is None else stream.sources
+        check_weights(weights := [1.0] if weights is None else weights, len(spans))
+        sources = []
+        for (first, last), weight in zip(spans, weights, strict=True):
+            start, stop = stream.span(first, last)
+            rows = (stop - start) // self._seq_len // (self._lanes or 1) * (self._lanes or 1)
+            if rows == 0:
+                needed = (
+                    f"{self._lanes} rows of {self._seq_len}, one per stream" if self._lanes else f"one row of {self._seq_len}"
+                )
+                raise UserError(
+                    f"the data ({self._names(first, last)}) has {stop - start} tokens, fewer than {needed}; "
+                    "add data or lower train.seq_len"
+                )
+            data = [
+                {"prefix": str(d.prefix), "tokens": d.num_tokens, "fingerprint": d.fingerprint}
+                for d in stream.datasets[first:last]
+            ]
+            sources.append(Source(start, rows, data, float(weight), number=len(sources)))
+        if len({source.identity for source in sources}) < len(sources):
+            raise UserError(
+                "data.train names the same data twice, and data.weights blends it; name it once, with a larger weight"
+            )
+        return sources
+
+    def _names(self, first: int, last: int) -> str:
+        names = [str(d.prefix) for d in self._stream.datasets[first:last]]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     @property
@@ -94,35 +127,27 @@ class Loader:
 
     @property
     def epochs(self) -> float:
-        """How many times the data has been gone through."""
-        return self._cursor / self.rows_per_epoch
+        """How many times the data has been gone through; of a blend, the source that comes round most often."""
+        return max(source.cursor / source.rows for source in self._mixture.sources)
 
     def next_step(self) -> StepBatch:
         """Return this rank's micro-batches of the next step, and move on. Raises UserError for damaged data."""
-        first, size = self._cursor, self._micro_batch_size
-        rows = self._rows(first, first + self._global_batch_size)
-        starts = rows % self.rows_per_epoch * self._seq_len
+        size = self._micro_batch_size
+        continues = self._lanes is not None and self._cursor % self.rows_per_epoch > 0
+        rows, starts = self._mixture.take(self._global_batch_size)
         mine = [slice(j, j + size) for j in range(self._dp_rank * size, len(rows), self._dp_size * size)]
         microbatches = [_make_batch(self._stream, rows[part].copy(), starts[part], self._seq_len) for part in mine]
         targets = sum(self._stream.count_targets(start, start + self._seq_len) for start in starts.tolist())
         self._cursor += self._global_batch_size
-        return StepBatch(microbatches, token_count=self._global_batch_size * self._seq_len, target_count=targets)
-
-    def _rows(self, first: int, last: int) -> Int64s:
-        """Return the global row numbers (epoch x rows_per_epoch + row) of samples [first, last)."""
-        n = self.rows_per_epoch
-        rows = []
-        while first < last:
-            epoch, start = divmod(first, n)
-            stop = min(n, start + last - first)
-            rows.append(epoch * n + Order(n, "rows", self._seed, epoch)(np.arange(start, stop)))
-            first += stop - start
-        return np.concatenate(rows)
+        return StepBatch(microbatches, self._global_batch_size * self._seq_len, targets, continues)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the data, and what it is a place of, as JSON types. The same on every rank."""
-        data = [{"prefix": str(d.prefix), "tokens": d.num_tokens, "fingerprint": d.fingerprint} for d in self._stream.datasets]
-        return {"version": STATE_VERSION, "samples": self._cursor, "seed": self._seed, "seq_len": self._seq_len, "data": data}
+        common = {"samples": self._cursor, "seed": self._seed, "seq_len": self._seq_len}
+        if self._blended:
+            return {"version": BLEND_VERSION, **common, "sources": self._mixture.state()}
+        lanes = {} if self._lanes is None else {"streams": self._lanes}
+        return {"version": STATE_VERSION, **common, **lanes, "data": self._mixture.sources[0].data}
 
     def load_state_dict(self, state: Any) -> None:
         """Go to a place that `state_dict` returned; ranks and batch sizes may have changed since, and data may have moved.
@@ -130,19 +155,32 @@ class Loader:
         Raises UserError, naming what differs, when it is not a place in this data, row length and order.
         """
         version = state.get("version") if isinstance(state, dict) else None
-        if version != STATE_VERSION:
-            raise UserError(f"loader state has version {version!r}; this code reads {STATE_VERSION}; use another checkpoint")
+        if version not in (STATE_VERSION, BLEND_VERSION):
+            raise UserError(
+                f"loader state has version {version!r}; this code reads {STATE_VERSION} and {BLEND_VERSION}; use another one"
+            )
+        if version == BLEND_VERSION and not self._blended:
+            raise UserError("the run was saved with a blend of sources; give data.weights, or start a new run")
         mine = self.state_dict()
-        if not _is_place(state, mine):
+        blended = _as_blend(state) if self._blended else state
+        if not _is_place(blended, mine):
             raise UserError(f"loader state {state!r} is no place in the data; start from another checkpoint")
-        for key, name in (("seq_len", "train.seq_len"), ("seed", "the data seed")):
-            if state[key] != mine[key]:
+        for key, name in (
+            ("seq_len", "train.seq_len"),
+            ("seed", "the data seed"),
+            ("streams", "the number of contiguous streams"),
+        ):
+            if blended.get(key) != mine.get(key):
                 raise UserError(
-                    f"{name} is {mine[key]} but was {state[key]} when the run was saved; the place in the data would be lost: "
-                    "set it back, or start a new run"
+                    f"{name} is {mine.get(key)} but was {blended.get(key)} when the run was saved; the place in the data would be "
+                    "lost: set it back, or start a new run"
                 )
-        self._check_same_data(state["data"], mine["data"])
-        self._cursor = int(state["samples"])
+        if self._blended:
+            self._mixture.load(blended["sources"])
+        else:
+            self._check_same_data(blended["data"], mine["data"])
+            self._mixture.sources[0].cursor = int(blended["samples"])
+        self._cursor = int(blended["samples"])
 
     def _check_same_data(self, saved: list[dict[str, Any]], mine: list[dict[str, Any]]) -> None:
         remedy = "give the same data in the same order, or start a new run"
@@ -160,7 +198,8 @@ class EvalRows:
     """All rows of some datasets once and in order, for one data-parallel rank: an iterable of MicroBatch.
 
     Every rank gets the same number of micro-batches, all [B, S], so that ranks can compute together: the last row and the last
-    micro-batches are filled with padding, which is a document of its own without targets. `max_rows` stops earlier.
+    micro-batches are filled with padding, which is a document of its own without targets. `max_rows` stops earlier. With
+    `contiguous`, each row of a micro-batch continues the same row of the micro-batch before.
     """
 
     def __init__(
@@ -174,6 +213,7 @@ class EvalRows:
         max_rows: int | None = None,
         vocab_size: int | None = None,
         tokenizer: Tokenizer | None = None,
+        contiguous: bool = False,
     ) -> None:
         _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
         self._stream = TokenStream(prefixes, vocab_size, tokenizer)
@@ -183,6 +223,7 @@ class EvalRows:
             raise UserError(f"max_rows {max_rows} must be at least 1")
         self._seq_len, self._micro_batch_size = seq_len, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._contiguous = contiguous
         self.num_rows = min(-(-self._stream.num_tokens // seq_len), max_rows or self._stream.num_tokens)
 
     @property
@@ -196,17 +237,33 @@ class EvalRows:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield micro-batches dp_rank, dp_rank + dp_size, ..."""
+        lanes = self._dp_size * self._micro_batch_size
+        mine = np.arange(self._micro_batch_size, dtype=np.int64) + self._dp_rank * self._micro_batch_size
+        order = Lanes(len(self) * lanes, lanes)
         for i in range(len(self)):
-            first = (i * self._dp_size + self._dp_rank) * self._micro_batch_size
-            rows = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
+            rows = i * lanes + mine
+            if self._contiguous:
+                rows = order(rows)
             starts = np.where(rows < self.num_rows, rows * self._seq_len, self._stream.num_tokens)
             yield _make_batch(self._stream, rows, starts, self._seq_len)
+
+
+def _as_blend(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of one source as one of a blend that had this source alone."""
+    if state["version"] == BLEND_VERSION:
+        return state
+    only = {"data": state.get("data"), "weight": 1.0, "cursor": state.get("samples"), "taken": 0, "number": 0}
+    return state | {"sources": [only]}
 
 
 def _is_place(state: dict[str, Any], mine: dict[str, Any]) -> bool:
     """Whether a saved state has the entries of `mine` and numbers that a run can reach."""
     samples, data = state.get("samples"), state.get("data")
-    if mine.keys() - state.keys() or type(samples) is not int or not 0 <= samples <= MAX_SAMPLES or not isinstance(data, list):
+    if mine.keys() - {"streams"} - state.keys() or type(samples) is not int or not 0 <= samples <= MAX_SAMPLES:
+        return False
+    if "data" not in mine:
+        return True  # the mixture checks its sources
+    if not isinstance(data, list):
         return False
     return all(isinstance(entry, dict) and not mine["data"][0].keys() - entry.keys() for entry in data)
 

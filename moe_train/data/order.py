@@ -49,3 +49,18 @@ class Order:
             a = (a + _mix(b ^ key_a) % size_a) % size_a
             b = (b + _mix(a ^ key_b) % size_b) % size_b
         return a * size_b + b
+
+
+class Lanes:
+    """The order of contiguous streams: `lanes` equal parts of the rows side by side, each from its first row to its last.
+
+    Sample i is of lane i % lanes, so with as many lanes as rows in a batch, each row of a batch continues the same row of the batch
+    before, as Transformer-XL trains (Dai et al. 2019, arXiv:1901.02860). `count` must be a multiple of `lanes`.
+    """
+
+    def __init__(self, count: int, lanes: int) -> None:
+        self._lanes, self._steps = lanes, count // lanes
+
+    def __call__(self, positions: Int64s) -> Int64s:
+        """Return which row stands at each position, both int64 in [0, count), any shape."""
+        return positions % self._lanes * self._steps + positions // self._lanes

@@ -1,34 +1,36 @@
-"""Text files, folders and JSON lines into a dataset, one document at a time.
+"""Documents into a dataset, in parts: as many processes as wanted write them, a kill loses the unfinished ones only.
 
-A `.jsonl` or `.ndjson` file has one document per line, in one field of a JSON object; any other file is one document, byte for
-byte. Folders are read with all folders below them, in the order of their paths, without hidden files.
+A part is a run of pieces of the inputs (inputs.py) of about PART bytes, and its result a dataset of its own in the folder
+`.NAME.parts` beside the output. When all are there they are joined in order, so the result does not depend on the number of
+processes. A finished part has a file NUMBER.done that says what it was made from; the same command takes it over.
 """
 
+import contextlib
+import fcntl
+import functools
+import glob
+import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
-from moe_train.data.indexed import beside
-from moe_train.data.sidecar import UNKNOWN_LABEL
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.indexed import IndexedDataset, beside
+from moe_train.data.inputs import OWN, Inputs, Piece
+from moe_train.data.tokenizer import Tokenizer, load_tokenizer
 from moe_train.data.writer import DatasetWriter
 from moe_train.errors import UserError
+from moe_train.files import write_atomically
 
-LINES = (".jsonl", ".ndjson")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
-_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text before it is encoded. `valid` is False when it is, or was, no valid UTF-8."""
-
-    text: bytes
-    label: str = UNKNOWN_LABEL
-    valid: bool = True
+PART = 32 << 20  # bytes of input
 
 
 @dataclass
@@ -40,142 +42,181 @@ class Summary:
     bytes_of_text: int = 0
     empty: int = 0  # documents without text, which were left out
     invalid: int = 0  # documents that are no valid UTF-8
+    skipped: int = 0  # lines that are wrong, which were left out
+
+    def add(self, other: "Summary") -> None:
+        """Add what another part met."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Where documents come from: files and folders, the field of a JSON line, and the field of its label, if any."""
+class Part:
+    """Pieces that are written together, to the dataset `prefix`. `key` is a hash of everything that decides the result."""
 
-    paths: Sequence[str | os.PathLike[str]]
-    field: str = "text"
-    label_field: str | None = None
-    without: str | os.PathLike[str] | None = None  # prefix of the output, whose files in a folder are no input
+    pieces: tuple[Piece, ...]
+    prefix: Path
+    key: str
 
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents, always in the same order. Raises UserError naming the file, and the line, that is wrong."""
-        for path in self.files():
-            if path.suffix.lower() in LINES:
-                yield from self._lines(path)
-            else:
-                yield _whole(path)
+    @property
+    def size(self) -> int:
+        """How much work it is, in bytes of input."""
+        return sum(piece.size for piece in self.pieces)
 
-    def files(self) -> list[Path]:
-        """Return all files. Raises UserError for a path that does not exist, and when there is no file at all."""
-        own = set()
-        if self.without is not None:
-            own = {beside(self.without, suffix).absolute() for suffix in (".bin", ".idx", ".labels", ".json", ".model")}
-        files = [file for path in self.paths for file in _files_of(Path(path), own)]
-        if not files:
-            raise UserError(f"no files in {', '.join(map(str, self.paths)) or 'the inputs'}; name files or folders with text")
-        return files
-
-    def _lines(self, path: Path) -> Iterator[Document]:
+    def finished(self) -> Summary | None:
+        """Return what it met where it was written before from the same inputs in the same way."""
         try:
-            with path.open("rb") as file:
-                _refuse_compressed(path, file.read(8))
-                file.seek(0)
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield self._document(line.removeprefix(_BOM) if number == 1 else line, f"{path}:{number}")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-
-    def _document(self, line: bytes, where: str) -> Document:
-        try:
-            fields = json.loads(line.decode("utf-8", errors="surrogateescape"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not a JSON line ({error})") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{where}: a JSON line must be an object with the field {self.field!r}, not {_kind(fields)}")
-        text = self._get(fields, self.field, where)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {self.field!r} must be text, not {_kind(text)}")
-        raw, valid = _to_bytes(text)
-        return Document(raw, self._label(fields, where), valid)
-
-    def _get(self, fields: dict[str, Any], name: str, where: str) -> Any:
-        if name not in fields:
-            found = ", ".join(map(repr, list(fields)[:8])) or "nothing"
-            raise UserError(f"{where}: no field {name!r} among {found}; choose one with --field or --label-field")
-        return fields[name]
-
-    def _label(self, fields: dict[str, Any], where: str) -> str:
-        if self.label_field is None:
-            return UNKNOWN_LABEL
-        label = self._get(fields, self.label_field, where)
-        if label is None:
-            return UNKNOWN_LABEL
-        if not isinstance(label, str | int):
-            raise UserError(f"{where}: label field {self.label_field!r} must be text or a whole number, not {_kind(label)}")
-        return _to_bytes(str(label))[0].decode("utf-8", errors="replace")
+            found = json.loads(beside(self.prefix, ".done").read_bytes())
+            return Summary(**found["summary"]) if found["key"] == self.key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
-def prepare(inputs: Inputs, output: str | os.PathLike[str], tokenizer: Tokenizer) -> Summary:
-    """Write the documents to the dataset `output`; memory does not grow with their number but by 4 bytes each.
+def prepare(
+    inputs: Inputs,
+    output: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Write the documents to the dataset `output` with `workers` processes; the result does not depend on their number.
 
-    Bytes that are no valid UTF-8 are kept as they are. Raises UserError for wrong inputs, and when no document has text; then
-    nothing is written.
+    Memory grows by 4 bytes per document, and by the largest document that is a whole file. `progress` is told the bytes of input
+    that are done and all of them. Raises UserError for wrong inputs, and when no document has text; then there is no dataset, and
+    finished parts are kept.
     """
-    summary = Summary()
+    prefix = beside(output, "")
+    folder = prefix.with_name(f".{prefix.name}.parts")
     try:
-        with DatasetWriter(output, tokenizer) as writer:
-            for document in inputs.documents():
-                if not document.text:
-                    summary.empty += 1
-                    continue
-                summary.invalid += not document.valid
-                writer.add_text(document.text, document.label)
+        writer = DatasetWriter(prefix, tokenizer)
+        with _locked(folder):
+            _remove_leftovers(prefix)
+            parts = _plan(inputs, folder, tokenizer)
+            summary = Summary()
+            done, total = 0, sum(part.size for part in parts)
+            for part, met in _write_all(parts, inputs, tokenizer, folder, workers):
+                summary.add(met)
+                progress(done := done + part.size, total)
+            with writer:
+                for part in parts:
+                    if beside(part.prefix, ".idx").exists():
+                        writer.add_dataset(IndexedDataset(part.prefix))
+            shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    summary.documents, summary.tokens, summary.bytes_of_text = writer.num_documents, writer.num_tokens, writer.num_bytes
     return summary
 
 
-def _files_of(path: Path, without: set[Path]) -> list[Path]:
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):  # False for names that no file can have
-        raise UserError(f"input {path} does not exist")
-    files = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    kept = [file for file in files if file.is_file() and file.absolute() not in without]
-    return sorted(kept, key=lambda file: file.relative_to(path).parts)
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder of parts and keep other processes out of it. Without a finished part it is removed after an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another process is preparing this dataset; wait for it, or choose another output"
+            ) from None
+        try:
+            yield
+        except BaseException:
+            if not any(folder.glob("*.idx")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _whole(path: Path) -> Document:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    _refuse_compressed(path, text[:8])
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return Document(text, valid=False)
-    return Document(text)
+def _remove_leftovers(prefix: Path) -> None:
+    """Remove the temporary files that a killed preparation has left beside the output."""
+    for suffix in OWN:
+        for file in prefix.parent.glob(f".{glob.escape(prefix.name)}{suffix}.*.tmp"):
+            file.unlink(missing_ok=True)
 
 
-def _refuse_compressed(path: Path, start: bytes) -> None:
-    for magic, kind in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(f"{path} is compressed ({kind}); unpack it first")
+def _plan(inputs: Inputs, folder: Path, tokenizer: Tokenizer) -> list[Part]:
+    """Divide the inputs, always in the same way."""
+    options = {name: value for name, value in asdict(inputs).items() if name not in ("paths", "without")}
+    found: list[list[Piece]] = [[]]
+    size = 0
+    for piece in inputs.pieces(PART):
+        if found[-1] and size + piece.size > PART:
+            found.append([])
+            size = 0
+        found[-1].append(piece)
+        size += piece.size
+    parts = []
+    for number, pieces in enumerate(found):
+        stamps = [(str(p.path), p.path.stat().st_mtime_ns, p.start, p.stop, p.size) for p in pieces]
+        key = hashlib.sha256(repr((stamps, sorted(options.items()), tokenizer.fingerprint)).encode()).hexdigest()
+        parts.append(Part(tuple(pieces), folder / f"{number:06d}", key))
+    return parts
 
 
-def _to_bytes(text: str) -> tuple[bytes, bool]:
-    """Return the text in UTF-8 and whether it was valid: bytes that were not are restored, lone surrogates become U+FFFD."""
-    try:
-        return text.encode("utf-8"), True
-    except UnicodeEncodeError:
-        pass
-    try:
-        return text.encode("utf-8", errors="surrogateescape"), False
-    except UnicodeEncodeError:
-        return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace").encode("utf-8"), False
+def _write_all(
+    parts: list[Part], inputs: Inputs, tokenizer: Tokenizer, folder: Path, workers: int
+) -> Iterator[tuple[Part, Summary]]:
+    """Write what is not finished and yield the parts in order."""
+    finished = {part.prefix: met for part in parts if (met := part.finished()) is not None}
+    waiting = [part for part in parts if part.prefix not in finished]
+    if min(workers, len(waiting)) <= 1:
+        for part in parts:
+            yield part, finished.get(part.prefix) or _write(part, inputs, tokenizer)
+        return
+    tokenizer.save(folder / "tokenizer")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(waiting)), context, _follow_parent) as pool:
+        futures = {part.prefix: pool.submit(_write_in_worker, part, inputs, folder / "tokenizer") for part in waiting}
+        try:
+            for part in parts:
+                yield part, finished.get(part.prefix) or futures[part.prefix].result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; the same command goes on, with fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true or false"}.get(
-        type(value), "a number"
-    )
+def _follow_parent() -> None:
+    """End this worker with the process that started it, however that ends; Ctrl-C is for that process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+_load = functools.cache(load_tokenizer)
+
+
+def _write_in_worker(part: Part, inputs: Inputs, tokenizer: Path) -> Summary:
+    return _write(part, inputs, _load(tokenizer))
+
+
+def _write(part: Part, inputs: Inputs, tokenizer: Tokenizer) -> Summary:
+    """Write one part: its dataset, where it has a document, and then the file that says so."""
+    for suffix in (".done", ".idx"):
+        beside(part.prefix, suffix).unlink(missing_ok=True)
+    summary = Summary()
+    with contextlib.ExitStack() as stack:
+        writer: DatasetWriter | None = None
+        for piece in part.pieces:
+            for document in inputs.read(piece):
+                summary.skipped += document.skipped
+                summary.empty += not document.text and not document.skipped
+                if not document.text:
+                    continue
+                summary.invalid += not document.valid
+                if writer is None:
+                    writer = stack.enter_context(DatasetWriter(part.prefix, tokenizer, save_tokenizer=False))
+                writer.add_text(document.text, document.label)
+    if writer is not None:
+        summary.documents, summary.tokens, summary.bytes_of_text = writer.num_documents, writer.num_tokens, writer.num_bytes
+    done = {"key": part.key, "summary": asdict(summary)}
+    write_atomically(beside(part.prefix, ".done"), json.dumps(done).encode())
+    return summary

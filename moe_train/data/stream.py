@@ -3,6 +3,7 @@
 Shapes: S positions of a row.
 """
 
+import glob
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from moe_train.data.indexed import IndexedDataset, Int64s
+from moe_train.data.indexed import IndexedDataset, Int64s, beside
 from moe_train.data.sidecar import UNKNOWN_LABEL
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
@@ -21,7 +22,9 @@ Prefixes = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class TokenStream:
-    """The tokens of one or more datasets, in the order of their prefixes.
+    """The tokens of one or more datasets, in the order of their prefixes. A prefix with `*`, `?` or `[` stands for all that match it.
+
+    `sources` says which datasets each prefix stands for, as (first, last + 1).
 
     `vocab_size` is the model's and `tokenizer` the run's, for the checks of IndexedDataset. Raises UserError when a dataset
     cannot be read, does not fit them, or was made with another tokenizer than the rest.
@@ -31,13 +34,20 @@ class TokenStream:
         names = [prefixes] if isinstance(prefixes, str | os.PathLike) else list(prefixes)
         if not names:
             raise UserError("no dataset was named; give at least one prefix of a .bin and .idx file")
-        self.datasets = [IndexedDataset(name, vocab_size, tokenizer) for name in names]
+        shards = [_shards(name) for name in names]
+        self.datasets = [IndexedDataset(shard, vocab_size, tokenizer) for found in shards for shard in found]
+        ends = list(accumulate(map(len, shards)))
+        self.sources = list(zip([0, *ends], ends, strict=False))
         self._starts = [0, *accumulate(d.num_tokens for d in self.datasets)]
         self.num_tokens = self._starts[-1]
         self.label_names = tuple(dict.fromkeys((UNKNOWN_LABEL, *(n for d in self.datasets for n in d.label_names))))
         numbers = {name: i for i, name in enumerate(self.label_names)}
         self._label_numbers = [np.array([numbers[n] for n in d.label_names], dtype=np.int64) for d in self.datasets]
         self._check_tokenizers()
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Return the tokens [start, stop) of the stream that datasets [first, last) have."""
+        return self._starts[first], self._starts[last]
 
     def _check_tokenizers(self) -> None:
         tokenizers = {d.sidecar.fingerprint: d for d in self.datasets if d.sidecar is not None}
@@ -118,3 +128,14 @@ class TokenStream:
         doc_ids[:] = np.repeat(np.arange(len(lengths)), lengths)
         labels[:] = np.repeat(segment_labels, lengths)
         return len(lengths)
+
+
+def _shards(prefix: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """Return the prefixes that a pattern matches, in the order of their names, or the prefix itself."""
+    pattern = os.fspath(prefix)
+    if not any(sign in pattern for sign in "*?[") or os.path.exists(beside(pattern, ".idx")):
+        return [prefix]
+    found = sorted(glob.glob(os.fspath(beside(pattern, ".idx"))))
+    if not found:
+        raise UserError(f"dataset {pattern}: no .idx file matches this pattern")
+    return [name.removesuffix(".idx") for name in found]

@@ -1,4 +1,6 @@
-"""Tokenizers behind one small interface: text to ids and back, without loss, for any text and any bytes.
+"""Tokenizers behind one small interface: text to ids and back. Bytes and SentencePiece are here and lose nothing of any text.
+
+The others have files of their own: characters.py, words.py (which keeps words and lines only) and pretrained.py (tokenizer.json).
 
 Every tokenizer says how many bytes of text each id stands for, so that a loss per token becomes bits per byte:
 `nats / ln 2 / byte_lengths[targets].sum()`. Ids that stand for no text (end of document) have length 0.
@@ -30,7 +32,10 @@ MAX_TRAINING_CHUNKS = 200_000
 
 
 class Tokenizer(ABC):
-    """Text to ids in [0, vocab_size) and back. `decode_bytes(encode(x)) == x` for every str (as UTF-8) and bytes x."""
+    """Text to ids in [0, vocab_size) and back. `decode_bytes(encode(x)) == x` for every text x that `encode` takes.
+
+    Where a tokenizer cannot keep that promise, its class says what is lost.
+    """
 
     name: str
     suffix: str  # of the file that `save` writes beside a dataset; "" when the name alone says everything
@@ -39,7 +44,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str | bytes) -> Ids:
-        """Return the ids of a text, 1-D. Raises UserError for a str with lone surrogates, which is no valid text."""
+        """Return the ids of a text, 1-D. Raises UserError for a str with lone surrogates, and for what has no ids."""
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
@@ -70,7 +75,8 @@ class Tokenizer(ABC):
         return array
 
 
-def _utf8(text: str | bytes) -> bytes:
+def utf8(text: str | bytes) -> bytes:
+    """Return a text in UTF-8; bytes stay as they are. Raises UserError for a str with lone surrogates."""
     if isinstance(text, bytes):
         return text
     try:
@@ -89,7 +95,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str | bytes) -> Ids:
         """Return the bytes of the text as ids, uint16 [bytes]."""
-        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint16)
 
     def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
         """Return the bytes themselves, without ends of documents."""
@@ -117,7 +123,7 @@ class ByteTokenizer(Tokenizer):
 _SPELLED = re.compile("(\u2581+|[\udc80-\udcff]+)")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Text that a model with lossy settings, or a file cut at a lucky place, does not bring back.
-_PROBE = "  two  spaces\n\n\ttab ﬁ ① é \U0001f9ff \u4e2d "
+PROBE = "  Two  spaces\n\n\ttab ﬁ ① é \U0001f9ff \u4e2d "
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -157,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eod < 0:
             raise UserError(f"tokenizer file {source} has no end-of-sentence piece to end documents; train with eos_id >= 0")
         self._byte_ids = self._find_byte_ids(source)
-        if self.decode(self.encode(_PROBE)) != _PROBE or self._processor.encode(""):
+        if self.decode(self.encode(PROBE)) != PROBE or self._processor.encode(""):
             raise UserError(
                 f"tokenizer file {source} changes text, or is damaged; train it with normalization_rule_name=identity, "
                 "add_dummy_prefix=false, remove_extra_whitespaces=false"
@@ -180,12 +186,20 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer file {source} has {len(ids)} of 256 byte pieces; train it with byte_fallback=true")
         return np.array([ids[bytes([b])] for b in range(256)], dtype=np.int32)
 
+    def pieces(self) -> tuple[list[str], dict[str, float], int]:
+        """Every piece in the order of ids, as SentencePiece spells it; scores of those that merges make; the unknown one's id."""
+        p = self._processor
+        special = (p.is_byte, p.is_control, p.is_unknown, p.is_unused)
+        names = [str(p.id_to_piece(i)) for i in range(self.vocab_size)]
+        scores = {name: p.get_score(i) for i, name in enumerate(names) if not any(test(i) for test in special)}
+        return names, scores, int(p.unk_id())
+
     def encode(self, text: str | bytes) -> Ids:
         """Return the ids of a text, int32 [tokens]."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", errors="surrogateescape")
         else:
-            _utf8(text)
+            utf8(text)
         if text.isascii() or not _SPELLED.search(text):
             return np.array(self._processor.encode(text), dtype=np.int32)
         parts = [self._encode_part(part, spell=i % 2 == 1) for i, part in enumerate(_SPELLED.split(text))]
@@ -216,7 +230,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer named `bytes`, or the one in a file: a SentencePiece model, or what `Tokenizer.save` wrote.
+    """Return the tokenizer named `bytes`, or the one in a file: a SentencePiece model, a tokenizer.json, or what `save` wrote.
 
     Raises UserError when the file is missing, damaged or unknown.
     """
@@ -228,13 +242,33 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
             raise UserError(f"tokenizer {path}: neither 'bytes' nor a file that exists (make corpus makes the quickstart's)")
         with path.open("rb") as file:
             start = file.read(64)
+        if start.lstrip().startswith(b"{"):
+            return _from_json(path.read_bytes(), os.fspath(path))
     except OSError as error:
         raise UserError(f"tokenizer file {path}: {error.strerror}") from None
-    if start.startswith(b"{"):
-        if start.strip() == json.dumps({"tokenizer": ByteTokenizer.name}).encode():
-            return ByteTokenizer()
-        raise UserError(f"tokenizer file {path} is JSON but names no known tokenizer (known: bytes)")
     return SentencePieceTokenizer(path)
+
+
+def _from_json(content: bytes, source: str) -> Tokenizer:
+    # Imported here because they build on this module.
+    from moe_train.data.characters import CharacterTokenizer
+    from moe_train.data.pretrained import PretrainedTokenizer
+    from moe_train.data.words import WordTokenizer
+
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tokenizer file {source} is damaged JSON ({error})") from None
+    name = fields.get("tokenizer")
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    if name == CharacterTokenizer.name:
+        return CharacterTokenizer.from_json(fields.get("symbols"), source)
+    if name == WordTokenizer.name:
+        return WordTokenizer.from_json(fields.get("words"), source)
+    if "model" in fields:
+        return PretrainedTokenizer(content, source)
+    raise UserError(f"tokenizer file {source} is JSON but names no known tokenizer (known: bytes, characters, words)")
 
 
 def train_sentencepiece(
@@ -282,7 +316,7 @@ def train_sentencepiece(
 
 def _chunks(texts: Iterable[str | bytes]) -> Iterator[str]:
     for text in texts:
-        rest = _utf8(text).decode("utf-8", errors="replace")
+        rest = utf8(text).decode("utf-8", errors="replace")
         start = 0
         while start < len(rest):
             end = rest.rfind("\n", start, start + CHUNK_CHARACTERS) + 1 or start + CHUNK_CHARACTERS

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from moe_train.data.indexed import DTYPES, HEADER, MAGIC, UINT16_VOCABULARY, VERSION, beside
+from moe_train.data.indexed import DTYPES, HEADER, MAGIC, UINT16_VOCABULARY, VERSION, IndexedDataset, beside
 from moe_train.data.sidecar import UNKNOWN_LABEL, Sidecar, is_sidecar
 from moe_train.data.tokenizer import Ids, Tokenizer
 from moe_train.errors import UserError
@@ -18,6 +19,7 @@ from moe_train.files import fsync_folder, temporary_beside
 MAX_DOCUMENT = 2**31 - 1  # the format has int32 lengths
 MAX_LABELS = 65536
 _CHUNK = 1 << 20  # index entries that are written at a time
+_COPIED = 1 << 20  # bytes that are copied at a time
 
 
 class DatasetWriter:
@@ -36,12 +38,14 @@ class DatasetWriter:
         *,
         label_names: Sequence[str] = (),
         source: str | None = None,
+        save_tokenizer: bool = True,
     ) -> None:
         """Prepare to write. `label_names` fixes the numbers of labels; others are added as they appear."""
         self.prefix = beside(prefix, "")
         self.tokenizer = tokenizer
         self.num_documents = self.num_tokens = self.num_bytes = 0
         self._source = source
+        self._tokenizer_suffix = tokenizer.suffix if save_tokenizer else ""
         self._labels = {name: i for i, name in enumerate(dict.fromkeys((UNKNOWN_LABEL, *label_names)))}
         self._code = next(c for c, dtype in DTYPES.items() if dtype == _dtype_for(tokenizer.vocab_size))
         self._sizes = array("i")
@@ -49,8 +53,11 @@ class DatasetWriter:
         self._refuse_foreign_files()
 
     def _suffixes(self) -> list[str]:
-        """Return the suffixes of all files, PREFIX.idx last: a dataset is there when its index is."""
-        return [s for s in (self.tokenizer.suffix, ".bin", ".labels", ".json", ".idx") if s]
+        """Return the suffixes of all files in the order in which they appear.
+
+        The sidecar is first, so that what a kill leaves is known to be ours; the index is last: a dataset is there when it is.
+        """
+        return [s for s in (".json", self._tokenizer_suffix, ".bin", ".labels", ".idx") if s]
 
     def _refuse_foreign_files(self) -> None:
         if is_sidecar(beside(self.prefix, ".json")):
@@ -79,7 +86,8 @@ class DatasetWriter:
 
     def add_text(self, text: str | bytes, label: str = UNKNOWN_LABEL) -> None:
         """Add a text as one document: its ids and an end of document."""
-        self.add(np.append(self.tokenizer.encode(text), self.tokenizer.eod), label)
+        ids = self.tokenizer.encode(text)
+        self.add(np.append(ids, ids.dtype.type(self.tokenizer.eod)), label)
 
     def add(self, ids: Ids, label: str = UNKNOWN_LABEL) -> None:
         """Add one document of ids, [length] with length >= 1. Raises UserError when an id or the length is out of range."""
@@ -87,15 +95,32 @@ class DatasetWriter:
             raise UserError(f"document {self.num_documents} has {len(ids)} tokens, outside 1 to {MAX_DOCUMENT}; split it")
         if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
             raise UserError(f"document {self.num_documents} has ids outside the {self.tokenizer.vocab_size} of its tokenizer")
-        number = self._labels.setdefault(label, len(self._labels))
-        if number >= MAX_LABELS:
-            raise UserError(f"more than {MAX_LABELS} different labels (now {label!r}); choose a field with fewer values")
-        self._bin.write(ids.astype(DTYPES[self._code]).tobytes())
+        number = self._number(label)
+        self._bin.write(ids.astype(DTYPES[self._code], copy=False).tobytes())
         self._label_file.write(number.to_bytes(4, "little"))
         self._sizes.append(len(ids))
         self.num_documents += 1
         self.num_tokens += len(ids)
         self.num_bytes += int(self._byte_lengths[ids].sum())
+
+    def add_dataset(self, other: IndexedDataset) -> None:
+        """Add all documents of a dataset that this class wrote with the same tokenizer, as if they were added one by one."""
+        assert other.sidecar is not None
+        assert other.sidecar.fingerprint == self.tokenizer.fingerprint
+        numbers = np.array([self._number(name) for name in other.label_names], dtype="<i4")
+        with beside(other.prefix, ".bin").open("rb") as file:
+            shutil.copyfileobj(file, self._bin, _COPIED)
+        self._label_file.write(numbers[other.labels()].tobytes())
+        self._sizes.frombytes(other.lengths().astype(np.intc).tobytes())
+        self.num_documents += other.num_documents
+        self.num_tokens += other.num_tokens
+        self.num_bytes += other.sidecar.num_bytes
+
+    def _number(self, label: str) -> int:
+        number = self._labels.setdefault(label, len(self._labels))
+        if number >= MAX_LABELS:
+            raise UserError(f"more than {MAX_LABELS} different labels (now {label!r}); choose a field with fewer values")
+        return number
 
     def _finish(self) -> None:
         if not self._sizes:
@@ -108,8 +133,8 @@ class DatasetWriter:
         with self._temporary[".json"].open("wb") as file:
             file.write(self._sidecar().to_json())
             _sync(file)
-        if self.tokenizer.suffix:
-            self.tokenizer.save(self._temporary[self.tokenizer.suffix])
+        if self._tokenizer_suffix:
+            self.tokenizer.save(self._temporary[self._tokenizer_suffix])
         # Without an index there is no dataset: a kill between the renames cannot leave a mixture of an old and a new one.
         beside(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in self._suffixes():

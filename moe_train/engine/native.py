@@ -27,9 +27,10 @@ from moe_train.config import Config
 from moe_train.data.loader import MicroBatch, StepBatch, count_bytes
 from moe_train.engine.base import Stats, StepResult, Sums
 from moe_train.model.attention import find_segments
-from moe_train.model.decoder import Decoder, LayerStats, Output
+from moe_train.model.cache import Cache
+from moe_train.model.decoder import Decoder, Output
 from moe_train.model.init import initialise
-from moe_train.model.moe import MoE
+from moe_train.model.moe import LayerStats, MoE
 from moe_train.model.routing import BatchInfo, Router, Segments
 from moe_train.optim import clip_gradients, learning_rate, make_optimizer
 from moe_train.parallel.apply import parallelize
@@ -54,12 +55,16 @@ class Model:
         self.config, self.world = config, world
         self.layout = make_layout(config.parallel, world)
         kernels = get_backend(config.kernels.backend, world.device)
-        with torch.device("meta"):
-            model = Decoder(config.model, kernels)
-        self.parts = make_parts(model, config, self.layout)
+        self.parts = make_parts(self.whole(), config, self.layout)
         for part in self.parts:
             parallelize(part, self.layout, config, world, kernels)
         self.pipeline = Pipeline(self.parts, config, self.layout, world) if config.parallel.pp > 1 else None
+
+    def whole(self) -> Decoder:
+        """The decoder on meta before anything is shared out: logical names, shapes and dtypes."""
+        with torch.device("meta"):
+            model = Decoder(self.config.model, get_backend(self.config.kernels.backend, self.world.device))
+        return model.double() if self.world.dtype == torch.float64 else model
 
     def materialise(self) -> Self:
         """Allocate every parameter and buffer and give it its initial value, on all ranks together."""
@@ -83,19 +88,25 @@ class Model:
         for part in self.parts:
             part.train(mode)
 
-    def forward(self, batch: BatchInfo, targets: Tensor | None) -> Output | None:
+    def forward(self, batch: BatchInfo, targets: Tensor | None, memory: Cache | None = None) -> Output | None:
         """One micro-batch without gradients on all ranks together; None where the last layer is on another rank."""
-        return self.parts[0](batch, targets) if self.pipeline is None else self.pipeline.forward(batch, targets)
+        if self.pipeline is not None:
+            return self.pipeline.forward(batch, targets)
+        output: Output = self.parts[0](batch, targets, cache=memory)
+        return output
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits [1, S, V] of one document's tokens [1, S], the same on all ranks, which call this together."""
         self.train(False)
         layout, length = self.layout, tokens.shape[1]
-        padded = F.pad(tokens.cpu(), (0, -length % (2 * layout.size("cp") * layout.size("tp"))))  # rows are dealt out evenly
+        ranks = layout.size("cp") * layout.size("tp")
+        padded = F.pad(tokens.cpu(), (0, -length % (2 * ranks) if ranks > 1 else 0))  # rows are dealt out evenly
         zeros = torch.zeros_like(padded)
-        positions = torch.arange(padded.shape[1])[None]
-        output = self.forward(self.batch_info(MicroBatch(padded, zeros, positions, zeros, zeros, zeros[:, 0])), None)
+        columns = torch.arange(padded.shape[1])[None]
+        doc_ids = (columns >= length).long()  # padding is a document of its own
+        micro = MicroBatch(padded, zeros, columns - length * doc_ids, doc_ids, zeros, zeros[:, 0])
+        output = self.forward(self.batch_info(micro), None)
         self.reshard()
         shape = (1, padded.shape[1] // layout.size("cp"), self.config.model.vocab_size or 0)
         logits = torch.empty(shape, dtype=self.world.dtype, device=self.world.device)
@@ -107,6 +118,17 @@ class Model:
             order = deal(padded.shape[1], layout.size("cp"), self.config.parallel.cp_method).flatten().argsort()
             logits = all_gather(logits, 1, layout.group("cp"))[:, order.to(logits.device)]
         return logits[:, :length]
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Logits [B, V] of what follows tokens [B, S], which follow those of `cache`; and the cache with them.
+
+        Every rank calls this with the same rows and gets the same. It needs whole rows and all layers here (pp = tp = cp = 1).
+        Parameters stay gathered for the next token: `reshard` after the last one.
+        """
+        self.train(False)
+        output = self.parts[0](cache.batch(tokens, self.world.dtype), cache=cache)
+        return output.logits[:, 0], output.cache
 
     def reshard(self) -> None:
         """Free the parameters that a forward without backward leaves gathered."""
@@ -146,13 +168,17 @@ class Model:
         )
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor) -> Sums:
-        """Nats, targets and the targets' bytes (byte_lengths [V]) over the micro-batches of all ranks, as many on each."""
+    def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor, memory: Cache | None = None) -> Sums:
+        """Nats, targets and the targets' bytes (byte_lengths [V]) over the micro-batches of all ranks, as many on each.
+
+        With a `memory` the rows of a micro-batch see what it keeps of those before (`moe_train.evaluate.joined`).
+        """
         self.train(False)
         sums = torch.zeros(3, dtype=torch.float64)
         for micro in microbatches:
             info = self.batch_info(micro)
-            output = self.forward(info, micro.targets.to(self.world.device))
+            output = self.forward(info, micro.targets.to(self.world.device), memory)
+            memory = None if output is None else output.cache
             if output is not None and output.token_loss is not None:
                 targets = (
                     info.here(micro.targets) if info.sharing is None else info.here(micro.targets.to(self.world.device)).cpu()
@@ -244,6 +270,15 @@ class NativeEngine:
         """Model (router buffers included) and optimizer moments as sharded tensors under logical names, whatever the layout."""
         moments = {k: v for flat in self._optimizer_states() for k, v in flat.items() if k.startswith("state.")}
         return {"model": self.model.state_dict(), "optimizer": moments}
+
+    def logical_state(self) -> dict[str, Tensor]:
+        """What `state_dict` of all ranks together holds, as whole tensors on meta: section and name, shape and dtype."""
+        whole = self.model.whole()
+        trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+        moments = {f"{name}.{kind}": p for name, p in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
+        steps = {f"{name}.step": torch.empty((), dtype=torch.float32, device="meta") for name in trained}
+        model = {f"model.{name}": tensor for name, tensor in whole.state_dict().items()}
+        return model | {f"optimizer.state.{name}": tensor for name, tensor in (moments | steps).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; hyperparameters stay those of the config."""

@@ -15,6 +15,7 @@ from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.routing import BatchInfo, Segments
 
 Rotary = tuple[Tensor, Tensor]
+KeyValues = tuple[Tensor, Tensor]  # [B, S, G, d] each
 Attend = Callable[[Tensor, Tensor, Tensor, "Segments | None"], Tensor]
 
 
@@ -34,16 +35,33 @@ class Attention(nn.Module):
         self.k = Linear(size, narrow * self.head_dim, std)
         self.v = Linear(size, narrow * self.head_dim, std)
         self.out = Linear(wide * self.head_dim, size, std)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, kernels) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, kernels) if config.qk_norm else None
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            widths = [count * self.head_dim if config.qk_norm == "width" else self.head_dim for count in (wide, narrow)]
+            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps, kernels) for width in widths)
 
-    def forward(self, x: Tensor, batch: BatchInfo, rotary: Rotary) -> Tensor:
-        """x [B, S, D] normed hidden rows -> [B, S, D]."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.kernels.rope(q, *rotary), self.kernels.rope(k, *rotary)
+    def forward(self, x: Tensor, batch: BatchInfo, rotary: Rotary, seen: KeyValues | None = None) -> Tensor:
+        """x [B, S, D] normed hidden rows -> [B, S, D]. `seen`: keys and values of earlier tokens and of x; default those of x."""
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q = _norm_heads(q, self.q_norm)
+        q = self.kernels.rope(q, *rotary)
+        k, v = self.keys_values(x, rotary) if seen is None else seen
         return self.out(self.attend(q, k, v, batch.segments).flatten(-2))
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> KeyValues:
+        """x [B, S, D] normed hidden rows -> what queries see of them."""
+        k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.k, self.v))
+        if self.k_norm is not None:
+            k = _norm_heads(k, self.k_norm)
+        return self.kernels.rope(k, *rotary), v
+
+
+def _norm_heads(x: Tensor, norm: RMSNorm) -> Tensor:
+    """x [B, S, n, d], each head by itself; or all together (OLMoE, arXiv 2409.02060) where the norm has n * d weights."""
+    if norm.weight.numel() == x.shape[-1]:
+        return norm(x)
+    return norm(x.flatten(-2)).view_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import Backend
-from moe_train.model.init import Constant, Normal
+from moe_train.model.init import Constant, Initial, Normal
 
 LOGITS_AT_ONCE = 2**24  # of `Head.difference`: 64 MB in fp32
 
@@ -62,6 +62,20 @@ class RMSNorm(nn.Module):
     def after_add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(x + branch, norm(x + branch)) in one pass."""
         return self.kernels.add_rms_norm(x, branch, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / std(x) * weight + bias (arXiv 1607.06450), statistics in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        self.initial = {"weight": Constant(1.0), "bias": Constant(0.0)}
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -114,9 +128,9 @@ class Head(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.shards: Shards | None = None
+        self.initial: dict[str, Initial] = {"weight": Normal(std)}
         if not tied:
             self.weight = nn.Parameter(torch.empty(vocab_size, size))
-            self.initial = {"weight": Normal(std)}
 
     def forward(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
         """hidden [B, S_local, D] -> logits [B, S, V] in hidden's dtype."""

@@ -8,9 +8,17 @@ from torch import Tensor, nn
 
 from moe_kernels import Backend
 from moe_train.config import ModelConfig
-from moe_train.model.experts import Experts, Merge
+from moe_train.model.capacity import drop_over_capacity
+from moe_train.model.experts import Drop, Experts, Merge, ReluExperts
 from moe_train.model.layers import SwiGLU
-from moe_train.model.routing import Routing, router_class
+from moe_train.model.routing import BatchInfo, Carry, Routing, router_class
+
+LayerStats = dict[str, Tensor]  # detached local sums of one layer; empty for a dense one
+
+
+def run_directly(part: Callable[..., Any], *args: Any) -> Any:
+    """How a block runs its parts where nothing is recomputed."""
+    return part(*args)
 
 
 class Dispatcher(Protocol):
@@ -47,7 +55,7 @@ class LocalDispatcher:
 class PlannedExperts(NamedTuple):
     """`moe_train.model.routing.ExpertCall` of one layer and one forward."""
 
-    experts: Experts
+    experts: Callable[..., Tensor]
     dispatcher: Dispatcher
     plan: Any
 
@@ -67,7 +75,7 @@ def run_in_turn(routed: Callable[[], Tensor], shared: Callable[[], Tensor]) -> t
 
 
 class MoE(nn.Module):
-    """Router, experts and an optional shared expert that every token visits. The block calls the router, then `plan`, then `mix`.
+    """Router, experts and an optional shared expert that every token visits: the router decides, then `plan`, then `mix`.
 
     `run_both` runs the experts and the shared expert; parallelism replaces it, to hide communication, as it does `dispatcher`.
     """
@@ -79,12 +87,43 @@ class MoE(nn.Module):
         self.router = router_class(config.router)(config.router, config, layer, kernels)
         if config.router.frozen:
             self.router.requires_grad_(False)
-        self.experts = Experts(config, kernels)
+        self.config = config
+        self.experts = Experts(config, kernels) if config.block == "llama" else ReluExperts(config, kernels)
+        if config.frozen_experts:
+            self.experts.requires_grad_(False)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.run_both = run_in_turn
         self.shared_expert = None
         if config.shared_expert_size:
             self.shared_expert = SwiGLU(config.hidden_size, config.shared_expert_size, config.init_std, kernels)
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Carry,
+        batch: BatchInfo,
+        shared: nn.Module | None,
+        run: Callable[..., Any],
+        memory: Any = None,
+        drop: Drop | None = None,
+    ) -> tuple[Tensor, Carry, LayerStats, Any]:
+        """x [B, S, D] -> the layer's output, `carry` with the router's state and losses, statistics, and the router's memory.
+
+        `run` runs the costly part, which recomputation may run again; `drop` is for the experts' hidden units (ReLU experts).
+        """
+        routing = self.router(x, carry.state, batch, shared, memory)
+        if self.config.capacity_factor is not None:
+            routing = drop_over_capacity(routing, batch, self.config)
+        experts = self.plan(routing)
+        if drop is not None:
+            experts = experts._replace(experts=partial(self.experts, drop=drop))
+        out = run(self.mix, x, routing, experts)
+        weights = self.router.config.loss_weights()
+        loss = carry.loss
+        for name, value in routing.losses.items():
+            loss = loss + (weights[name] / batch.token_count) * value
+        losses = {f"{name}_loss": value.detach() for name, value in routing.losses.items()}
+        return out, carry._replace(state=routing.state, loss=loss), routing.stats | losses, routing.memory
 
     def plan(self, routing: Routing) -> PlannedExperts:
         """The experts, ready for what the router decided. Ranks may exchange row counts here."""

@@ -141,7 +141,7 @@ class Routing(NamedTuple):
     state: Tensor  # [B, S_local, R] for the next layer's router
     losses: dict[str, Tensor]  # unweighted [], summed over local tokens; weights are RouterConfig.loss_weights
     stats: dict[str, Tensor]  # detached local sums; the engine sums them over micro-batches and ranks for after_step
-    memory: Any = None  # decoding only: what later tokens of a sequence need
+    memory: Any = None  # decoding only: what later tokens of a sequence need; its tensors are [B, ...]
     extra: tuple[Tensor, ...] = ()  # what this router's own `mix` needs besides ids and weights
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.model.decoder import Block, Decoder
+from moe_train.model.transformer_xl import TransformerXLBlock
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -17,7 +18,7 @@ Recompute = Literal["none", "selective", "full"]
 def apply_recompute(model: Decoder, mode: Recompute) -> None:
     """Let the blocks of `model` recompute: `selective` the experts and dense MLPs, `full` attention with its norms as well."""
     for block in model.layers.values():
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | TransformerXLBlock)
         if mode != "none":
             block.run_mlp = _recomputed
         if mode == "full":

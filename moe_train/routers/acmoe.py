@@ -29,6 +29,7 @@ which changes no score; here the length of v drifts, and with it the step of its
 micro_batch_size, and at decoding a lone token has no cluster.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -68,10 +69,14 @@ class ACMoEConfig(TokenChoiceConfig):
     def conflicts(self, model: ModelConfig) -> list[Conflict]:
         """One layer at least is adaptive."""
         found = super().conflicts(model)
-        if not model.moe_layers[self.plain_layers :]:
+        if not self.adaptive_layers(model):
             rule = "must be below the number of MoE layers, so that one of them is adaptive"
             found.append(Conflict("model.router.plain_layers", self.plain_layers, rule, "lower it or add layers"))
         return found
+
+    def adaptive_layers(self, model: ModelConfig) -> Sequence[int]:
+        """The MoE layers after the plain ones."""
+        return model.moe_layers[self.plain_layers :]
 
     def leaks(self) -> list[str]:
         """The published form reads the whole micro-batch."""
@@ -98,7 +103,7 @@ class ACMoERouter(TokenChoice):
         shape = model.num_experts, model.hidden_size
         self.embedding = nn.Parameter(torch.empty(shape))
         self.initial["embedding"] = Orthogonal(GAIN)
-        self.adaptive = layer in model.moe_layers[config.plain_layers :]
+        self.adaptive = layer in config.adaptive_layers(model)
         self.least = 1 if config.dispersion == "pairwise" else 2  # pairs or tokens that a cluster needs
         if self.adaptive and config.causal:
             self.register_buffer("means", torch.empty(shape))

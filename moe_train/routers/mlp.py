@@ -20,7 +20,7 @@ from moe_kernels import Backend
 from moe_train.config import ModelConfig
 from moe_train.model.init import Constant, Normal
 from moe_train.model.routing import BatchInfo, Routing, register
-from moe_train.routers.topk import TokenChoice, TokenChoiceConfig
+from moe_train.routers.topk import TokenChoice, TokenChoiceConfig, with_bias
 
 
 class MLPConfig(TokenChoiceConfig):
@@ -48,5 +48,4 @@ class MLPRouter(TokenChoice):
     def forward(self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: object = None) -> Routing:
         """x [B, S_local, D] -> Routing; `state` passes through."""
         hidden = F.gelu(F.linear(x, self.hidden.to(x.dtype), self.hidden_bias.to(x.dtype)))
-        weight = torch.cat([self.scorer, self.scorer_bias[:, None]], 1)
-        return self.choose(F.pad(hidden, (0, 1), value=1.0), weight, state, batch)  # the bias is the weight of a constant input
+        return self.choose(*with_bias(hidden, self.scorer, self.scorer_bias), state, batch)

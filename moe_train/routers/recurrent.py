@@ -9,7 +9,7 @@ layer owns its projector A_l and its scorer C_l. Equations 3 to 5 of the paper, 
     u = sigmoid(z W_iz + b_iz + h W_hz + b_hz)
     n = tanh(z W_in + b_in + r * (h W_hn + b_hn))
     h' = (1 - u) n + u h                               (torch.nn.GRUCell)
-    s = h' C_l                                         C_l: [P, E]; then top-k as in topk.py
+    s = h' C_l                                         C_l: [P, E]; then top-k as in topk.py; with `bias`, z and s have biases
 
 State: h, fp32, P floats per token (lstm: h and c, 2P), zero before the first layer. `passing: none` is the paper's NP ablation (the
 cell starts from zero at each layer), `detached` passes values without gradients.
@@ -37,10 +37,10 @@ from torch.nn import functional as F
 
 from moe_kernels import Backend, TopK
 from moe_train.config import Conflict, ModelConfig
-from moe_train.model.init import Normal, Uniform
+from moe_train.model.init import Constant, Normal, Uniform
 from moe_train.model.routing import BatchInfo, Routing, register
 from moe_train.routers.cosine import CosineScorer
-from moe_train.routers.topk import TokenChoice, TokenChoiceConfig
+from moe_train.routers.topk import TokenChoice, TokenChoiceConfig, with_bias
 
 GATES = {"gru": 3, "rnn": 1, "lstm": 4}
 
@@ -72,6 +72,8 @@ class RecurrentConfig(TokenChoiceConfig):
     """spread of the first logits: as published, some 15 times flatter than a linear gate's, or as a linear gate's"""
     frozen_cell: bool = False
     """the recurrent cell is not trained (fine-tuning)"""
+    bias: bool = False
+    """biases of projector and scorer, as the paper's small models have"""
 
     def conflicts(self, model: ModelConfig) -> list[Conflict]:
         """A temperature sets the spread of cosine logits."""
@@ -79,6 +81,9 @@ class RecurrentConfig(TokenChoiceConfig):
         if self.scoring == "cosine" and self.initial_logits == "linear":
             rule = "the spread of cosine logits is set by model.router.temperature"
             found.append(Conflict("model.router.initial_logits", "linear", rule, "leave it out, or use scoring=linear"))
+        if self.scoring == "cosine" and self.bias:
+            rule = "a cosine has no bias"
+            found.append(Conflict("model.router.bias", True, rule, "leave it out, or use scoring=linear"))
         return found
 
 
@@ -152,6 +157,14 @@ class RecurrentRouter(TokenChoice):
             self.scorer = nn.Parameter(torch.empty(model.num_experts, config.router_size))
             std = model.init_std if config.initial_logits == "published" else linear_std(config, model)
             self.initial["scorer"] = Normal(std)
+        self.projector_bias: nn.Parameter | None = None
+        self.scorer_bias: nn.Parameter | None = None
+        if config.bias:
+            self.scorer_bias = nn.Parameter(torch.empty(model.num_experts))
+            self.initial["scorer_bias"] = Constant(0.0)
+        if config.bias and config.projector == "layer":
+            self.projector_bias = nn.Parameter(torch.empty(config.router_size))
+            self.initial["projector_bias"] = Constant(0.0)
 
     @staticmethod
     def state_size_of(config: RecurrentConfig, model: ModelConfig) -> int:
@@ -167,13 +180,18 @@ class RecurrentRouter(TokenChoice):
     def forward(self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: object = None) -> Routing:
         """x [B, S_local, D], state [B, S_local, R] -> Routing with the next state."""
         assert shared is not None  # the decoder makes it with make_shared
-        z = F.linear(x, self.projector.to(x.dtype)) if self.config.projector == "layer" else x
+        z = x
+        if self.config.projector == "layer":
+            bias = None if self.projector_bias is None else self.projector_bias.to(x.dtype)
+            z = F.linear(x, self.projector.to(x.dtype), bias)
         columns = _cell_columns(self.config)
         passed, scores = state[..., :columns], state[..., columns:]
         before = {"full": passed, "none": torch.zeros_like(passed), "detached": passed.detach()}[self.config.passing]
         after = shared(z.flatten(0, 1), before.flatten(0, 1)).view_as(before)
         hidden = after[..., : self.config.router_size].to(x.dtype)
         rows, weight = self.scorer(hidden) if isinstance(self.scorer, CosineScorer) else (hidden, self.scorer)
+        if self.scorer_bias is not None:
+            rows, weight = with_bias(rows, weight, self.scorer_bias)
         if self.config.residual:
             return self._add_residual(self.score(rows, weight), after, scores, batch)
         return self.choose(rows, weight, after, batch)

@@ -2,7 +2,7 @@
 
 Equations (RMoE, arXiv 2408.06793, section 2; Switch Transformers, arXiv 2101.03961, equation 4 for the balance loss):
 
-    s = x C                          C: [D, E], no bias
+    s = x C                          C: [D, E]; with `bias`, s = x C + b
     p = softmax(s)  or  sigmoid(s)
     w = p[top k]  (divided by their sum where `renormalize`)
 
@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moe_kernels import Backend, TopK
 from moe_train.config import Conflict, ModelConfig, RouterConfig
@@ -78,6 +79,8 @@ class TopKConfig(TokenChoiceConfig):
 
     name: Literal["topk"] = "topk"
     """softmax or sigmoid of a linear gate"""
+    bias: bool = False
+    """a bias for each expert's logit, as small published models have"""
 
 
 class TokenChoice(Router):
@@ -151,7 +154,17 @@ class TopKRouter(TokenChoice):
         super().__init__(config, model, layer, kernels)
         self.weight = nn.Parameter(torch.empty(model.num_experts, model.hidden_size))
         self.initial["weight"] = Normal(model.init_std)
+        self.bias: nn.Parameter | None = None
+        if isinstance(config, TopKConfig) and config.bias:
+            self.bias = nn.Parameter(torch.empty(model.num_experts))
+            self.initial["bias"] = Constant(0.0)
 
     def forward(self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: object = None) -> Routing:
         """x [B, S_local, D] -> Routing; `state` passes through."""
-        return self.choose(x, self.weight, state, batch)
+        rows, weight = (x, self.weight) if self.bias is None else with_bias(x, self.weight, self.bias)
+        return self.choose(rows, weight, state, batch)
+
+
+def with_bias(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., P + 1] and weight [E, P + 1] whose product is x [..., P] times weight [E, P] plus bias [E]."""
+    return F.pad(x, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], 1)

@@ -15,6 +15,7 @@ from launches import Launch, command, launch
 from tiny_run import content, rows, words_for
 
 from moe_train.checkpoint import dcp
+from moe_train.checkpoint.manifest import read_manifest
 from moe_train.data.indexed import HEADER, MAGIC
 from moe_train.data.loader import Loader
 from moe_train.errors import UserError
@@ -205,7 +206,7 @@ def flip_a_bit(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit])
-@pytest.mark.parametrize("file", [SHARD, "state.json"])
+@pytest.mark.parametrize("file", [SHARD, "manifest.json"])
 def test_a_damaged_checkpoint(damage: Callable[[Path], None], file: str, run: Path, words: list[str]) -> None:
     damage(newest(run) / file)
     before = content(run)
@@ -219,7 +220,7 @@ def test_a_damaged_file_is_noticed_before_it_is_read(damage: Callable[[Path], No
     path = newest(run)
     damage(path / file)
     with pytest.raises(UserError, match=f"{path}: damaged: {file} .*remove this one"):
-        dcp.read_state(path)
+        read_manifest(path)
 
 
 def test_after_removing_a_damaged_checkpoint_the_one_before_is_taken(run: Path, words: list[str]) -> None:
@@ -232,13 +233,13 @@ def test_after_removing_a_damaged_checkpoint_the_one_before_is_taken(run: Path, 
     assert "resumed at step 2" in done.stdout
 
 
-@pytest.mark.parametrize("file", [".metadata", "state.json"])
-def test_a_checkpoint_without_its_index_is_none(file: str, run: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("file", [".metadata", "manifest.json"])
+def test_a_checkpoint_without_its_index_is_damaged(file: str, run: Path, words: list[str]) -> None:
+    """It had it when it got its name: going on from the one before must not happen unasked."""
     (newest(run) / file).unlink()
-    done = launch("pretrain", *words, f"run.dir={run}")
-    assert done.returncode == 0, done.stderr
-    assert "resumed at step 2" in done.stdout
-    assert dcp.read_state(newest(run))["step"] == 4
+    before = content(run)
+    assert_refused([*words, f"run.dir={run}"], (f"{newest(run)}: damaged: ", file, "remove this one"))
+    assert content(run) == before
 
 
 # --- Disks -----------------------------------------------------------------------------------------------------------------------
@@ -298,17 +299,24 @@ def test_a_disk_with_room_for_one_checkpoint(disk: Disk, trained: Path, words: l
     done = launch("pretrain", *words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 2" in done.stdout
-    assert dcp.read_state(newest(run))["step"] == 6
+    assert read_manifest(newest(run))["step"] == 6
 
 
-def test_a_disk_that_is_full_for_a_while(disk: Disk, trained: Path, words: list[str]) -> None:
-    disk.mount(4 * size_of(newest(trained)))
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_is_full_for_a_while(asynchronous: bool, disk: Disk, trained: Path, words: list[str]) -> None:
+    """Training goes on; each save until there is room is one line; every one after it succeeds."""
+    disk.mount(20 * size_of(newest(trained)))
     disk.fill()
-    run = Launch("pretrain", *words, "train.steps=30", f"run.dir={disk.path.parent}")
+    own = ["train.steps=30", "checkpoint.keep_last=30", f"checkpoint.asynchronous={asynchronous}"]
+    run = Launch("pretrain", *words, *own, f"run.dir={disk.path.parent}")
     wait_for(run, "warning: step 2 is not saved")
     (disk.path / "ballast").unlink()
     assert run.wait() == 0, run.stderr
-    assert [path.name for path in dcp.checkpoints(disk.path)] == ["step-00000028", "step-00000030"]
+    assert [row["step"] for row in rows(disk.path.parent)] == list(range(1, 31))
+    warned = [int(line.split()[2]) for line in run.stdout.splitlines() if line.startswith("warning: ")]
+    saved = [dcp.step_of(path) for path in dcp.checkpoints(disk.path)]
+    assert warned + saved == list(range(2, 31, 2))
+    assert saved
 
 
 def test_a_disk_that_cannot_take_a_line_of_metrics(tmp_path: Path, words: list[str]) -> None:

@@ -14,9 +14,11 @@ from launches import Launch, launch
 from tiny_run import rows, words_for
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moe_train.checkpoint import dcp
+from moe_train.checkpoint import dcp, examine
+from moe_train.checkpoint.manifest import read_manifest
 
 EVERY = 3  # steps between checkpoints
+PATIENCE = 2.0  # seconds
 TIMINGS = {"tokens_per_second", "step_seconds", "mfu", "mfu_full"}
 NUMBERS = re.compile(r"^step +(\d+)/", re.MULTILINE)
 
@@ -41,19 +43,30 @@ def wait_for_save(run: Launch, folder: Path) -> None:
         time.sleep(0.0005)
 
 
-def kill_at(words: list[str], folder: Path, ranks: int, step: int, saving: bool, delay: float) -> bool:
-    """Start the run, kill it `delay` seconds after `step` or in the save that follows; whether it was saving."""
+def kill_at(
+    words: list[str], folder: Path, ranks: int, step: int, saving: bool, delay: float, victim: int | None = None
+) -> bool:
+    """Start the run, kill it `delay` seconds after `step` or in the save that follows; whether it was saving.
+
+    `victim`: the rank that is killed; the others get PATIENCE seconds to end. None = all at once.
+    """
     found = dcp.checkpoints(folder / "checkpoints")
     run = Launch("pretrain", *words, f"run.dir={folder}", ranks=ranks)
     wait_for_step(run, step)
     if saving:
         wait_for_save(run, folder)
     time.sleep(delay)
+    if victim is not None:
+        run.processes[victim].kill()
+        end = time.monotonic() + PATIENCE
+        while run.running and time.monotonic() < end:
+            time.sleep(0.01)
     run.kill()
     if found:
         assert f"resumed at step {dcp.step_of(found[-1])} from {found[-1]}" in run.stdout
     for path in folder.glob("checkpoints/step-*"):  # nothing has its final name that is not whole
-        assert dcp.read_state(path)["step"] == dcp.step_of(path)
+        assert read_manifest(path)["step"] == dcp.step_of(path)
+        assert not list(examine.problems(path))
     return any(folder.glob("checkpoints/.tmp-step-*"))
 
 
@@ -98,7 +111,8 @@ def compare(words: list[str], tmp_path: Path, ranks: int, steps: int, kills: int
     hits = 0
     for step, inside in zip(sorted(chance.sample(range(1, steps // 2), kills)), saving, strict=True):
         for _ in range(3 if inside and not hits else 1):  # on a busy machine the save may be over before the kill
-            hit = kill_at(words, folder, ranks, step, inside, chance.uniform(0.0, 0.02) if hits else 0.0)
+            victim = 1 if ranks > 1 and not inside else None
+            hit = kill_at(words, folder, ranks, step, inside, chance.uniform(0.0, 0.02) if hits else 0.0, victim)
             hits += hit
             if hit:
                 break
@@ -117,3 +131,23 @@ def test_killed_twice_once_inside_a_save(words: list[str], tmp_path: Path) -> No
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_twenty_times(words: list[str], tmp_path: Path, ranks: int) -> None:
     compare(words, tmp_path, ranks, steps=48, kills=20, saves=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_thirty_times_inside_saves(words: list[str], tmp_path: Path) -> None:
+    """One rank or both, at any moment of a save."""
+    chance, steps = random.Random(0), 90
+    words = [*words, f"train.steps={steps}"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert launch("pretrain", *words, f"run.dir={whole}", ranks=2).returncode == 0
+    hits = misses = 0
+    while hits < 30:
+        found = dcp.checkpoints(folder / "checkpoints")
+        step = min((dcp.step_of(found[-1]) if found else 0) + chance.randint(1, EVERY - 1), steps - EVERY - 1)
+        hit = kill_at(words, folder, 2, step, True, chance.uniform(0.0, 0.06), chance.choice([None, 0, 1]))
+        hits, misses = hits + hit, misses + (not hit)
+        assert misses < 60, "saves are over before the kill"
+    done = launch("pretrain", *words, f"run.dir={folder}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert_same(folder, whole, steps)

@@ -97,7 +97,7 @@ def test_any_damage_is_noticed(saved: Saved, examples: int) -> None:
         other = data.draw(st.sampled_from(["damage", "damage", "damage", "remove", *names]))
         if other == "damage":
             files[name] = data.draw(damaged(files[name]))
-        elif other == "remove" and name not in (".metadata", "state.json"):  # without these it is no checkpoint
+        elif other == "remove":
             del files[name]
         elif other in files:
             files[name], files[other] = files[other], files[name]
@@ -110,7 +110,7 @@ def test_any_damage_is_noticed(saved: Saved, examples: int) -> None:
 
 @examples(45, 1_000)
 def test_forged_files(saved: Saved, examples: int) -> None:
-    """The same with a state.json that agrees: it may be a model of other numbers, or must be refused."""
+    """The same with a manifest.json that agrees: it may be a model of other numbers, or must be refused."""
 
     @plan(examples)
     @given(HOW, st.sampled_from([".metadata", ".metadata", *sorted(saved.files)]), st.data())
@@ -119,7 +119,7 @@ def test_forged_files(saved: Saved, examples: int) -> None:
         if data.draw(st.integers(0, 9)) == 0:
             del files[data.draw(st.sampled_from(["config.yaml", "tokenizer", "rng.safetensors", "__0_0.distcp"]))]
         folder = saved.write(files)
-        if name != "state.json":
+        if name != "manifest.json":
             reseal(folder)
         outcome(lambda: saved.open(how))
 
@@ -128,11 +128,14 @@ def test_forged_files(saved: Saved, examples: int) -> None:
 
 @examples(30, 500)
 def test_forged_states(saved: Saved, examples: int) -> None:
-    """Any values in state.json, under a seal that is right."""
-    state = json.loads(saved.files["state.json"])
+    """Any values in manifest.json, under a seal that is right."""
+    state = json.loads(saved.files["manifest.json"])
     places = [("step",), ("files",), ("loader",), *(("loader", key) for key in state["loader"])]
     places += [("files", "config.yaml"), ("files", "config.yaml", "bytes"), ("loader", "data", 0), ("more",)]
     places += [("loader", "data", 0, key) for key in state["loader"]["data"][0]]
+    tensor = ("tensors", "model.norm.weight")
+    places += [("tensors",), tensor, *((*tensor, key) for key in ("shape", "dtype", "chunks")), (*tensor, "shape", 0)]
+    places += [(*tensor, "chunks", 0), *((*tensor, "chunks", 0, i) for i in range(6)), ("config",), ("tokenizer",)]
 
     @plan(examples)
     @given(HOW, st.sampled_from(places), JSON, st.booleans())

@@ -170,6 +170,36 @@ def test_damaged_tokenizers(tmp_path: Path, model: Path, examples: int) -> None:
     attempt()
 
 
+VOCABULARIES = {
+    "characters": b'{"tokenizer": "characters", "symbols": [10, 32, 97, 98, 99, 100, 255]}',
+    "words": b'{"tokenizer": "words", "words": ["<eos>", "a", "def", "x\\u00e9", "<unk>", "\\udcff"]}',
+    "tokenizer.json": (Path(__file__).parent / "tokenizer.json").read_bytes(),
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+@examples(60, 4_000)
+def test_damaged_vocabularies(tmp_path: Path, kind: str, examples: int) -> None:
+    assert outcome(lambda: use_vocabulary(VOCABULARIES[kind], tmp_path)) is None
+
+    @plan(examples)
+    @given(damaged(VOCABULARIES[kind]))
+    def attempt(changed: bytes) -> None:
+        outcome(lambda: use_vocabulary(changed, tmp_path))
+
+    attempt()
+
+
+def use_vocabulary(content: bytes, folder: Path) -> None:
+    """Ids are in range, and what they stand for can be said."""
+    (folder / "t").write_bytes(content)
+    tokenizer = load_tokenizer(folder / "t")
+    ids = tokenizer.encode("abc d a\n")
+    assert len(tokenizer.byte_lengths()) == tokenizer.vocab_size > tokenizer.eod
+    assert ((ids >= 0) & (ids < tokenizer.vocab_size)).all()
+    assert len(tokenizer.decode_bytes(ids)) == tokenizer.byte_lengths()[ids].sum()
+
+
 def use_tokenizer(path: Path) -> None:
     """Any text comes back from a tokenizer that was accepted."""
     tokenizer = load_tokenizer(path)

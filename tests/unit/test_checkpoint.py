@@ -1,6 +1,7 @@
 """Saving: what happens in which order, and what is there when it stops half-way."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from moe_train.checkpoint import dcp
 from moe_train.errors import UserError
@@ -48,7 +51,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path
     def recorded_rename(source: Any, target: Any) -> None:
         if os.path.isdir(source):
             there = sorted(path.name for path in Path(source).iterdir())
-            assert there == [".metadata", "__0_0.distcp", "config.yaml", "state.json"]
+            assert there == [".metadata", "__0_0.distcp", "config.yaml", "manifest.json"]
             events.append(("rename", str(target)))
         rename(source, target)
 
@@ -57,7 +60,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path
     path = save(tmp_path, 1)
     named = events.index(("rename", str(path)))
     synced = {Path(file).name for kind, file in events[:named] if kind == "sync"}
-    for name in ("__0_0.distcp", ".metadata", "config", "state"):  # some of them under a temporary name
+    for name in ("__0_0.distcp", ".metadata", "config", "manifest"):  # some of them under a temporary name
         assert any(name in file for file in synced), name
     assert ("sync", str(tmp_path / ".tmp-step-00000001")) in events[:named]
     assert ("sync", str(tmp_path)) in events[named:]
@@ -69,7 +72,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     write = dcp.write_atomically
 
     def full(path: Path, content: bytes) -> None:
-        if path.name == dcp.STATE_FILE:
+        if path.name == dcp.MANIFEST_FILE:
             raise OSError(28, "No space left on device")
         write(path, content)
 
@@ -80,9 +83,38 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     assert dcp.load(before, {"x": torch.zeros(4)})["step"] == 1
 
 
-def test_an_error_that_is_not_the_disks_is_no_mistake_of_the_user(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="pickle"):
-        dcp.save(tmp_path, 1, {"x": (i for i in range(3))}, {}, {})
+def test_an_error_that_is_not_the_disks_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(dcp, "hash_record", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        save(tmp_path, 1)
+
+
+def planned(rank: int, offset: int, rows: int, whole: int = 4, dtype: torch.dtype = torch.float32) -> SavePlan:
+    """A rank that wants to write `rows` rows of w [whole, 2] from `offset`."""
+    chunk = ChunkStorageMetadata(torch.Size([offset, 0]), torch.Size([rows, 2]))
+    data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size([whole, 2]))
+    return SavePlan([WriteItem(MetadataIndex("w", chunk.offsets), WriteItemType.SHARD, tensor_data=data)])
+
+
+@pytest.mark.parametrize(
+    ("second", "part"),
+    [
+        (planned(1, 2, 1), "w of [4, 2] lacks [1, 2] at [3, 0], which is in no file"),
+        (planned(1, 1, 3), "w of [4, 2] has a chunk of [3, 2] at [1, 0] in __1_0.distcp that overlaps another one"),
+        (planned(1, 3, 2), "w of [4, 2] has a chunk of [2, 2] at [3, 0] in __1_0.distcp, which is not inside of it"),
+        (planned(1, 0, 4), "w has chunks of [2, 2] and [4, 2] at [0, 0] in __0_0.distcp and __1_0.distcp"),
+        (planned(1, 2, 2, whole=5), "w is float32 [5, 2] in __1_0.distcp, where float32 [4, 2] is wanted"),
+        (planned(1, 2, 2, dtype=torch.int8), "w is int8 [4, 2] in __1_0.distcp, where float32 [4, 2] is wanted"),
+    ],
+)
+def test_ranks_that_do_not_agree_save_nothing(second: SavePlan, part: str) -> None:
+    """Before a byte is written. Two ranks with the same chunk are no mistake: one of them writes it."""
+    dcp._planned([planned(0, 0, 2), planned(1, 2, 2), planned(2, 2, 2)])
+    with pytest.raises(ValueError, match=re.escape(part)):
+        dcp._planned([planned(0, 0, 2), second])
 
 
 def test_a_checkpoint_is_never_half_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +138,7 @@ def test_a_checkpoint_is_never_half_deleted(tmp_path: Path, monkeypatch: pytest.
 def test_the_newest_is_the_one_of_the_latest_step(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 5):
         save(tmp_path, step)
-    (tmp_path / "step-100000001").mkdir()  # nothing is in it
+    (tmp_path / "step-100000001").write_text("a file")
     assert [dcp.step_of(path) for path in dcp.checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.indexed import IndexedDataset, load_dataset_tokenizer
-from moe_train.data.prepare import Inputs, prepare
+from moe_train.data.inputs import Inputs
+from moe_train.data.prepare import prepare
 from moe_train.data.tokenizer import ByteTokenizer, train_sentencepiece
 from moe_train.errors import UserError
 
@@ -157,7 +158,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
             file.write(line * 1000)
     code = (
         "import resource, sys\n"
-        "from moe_train.data.prepare import Inputs, prepare\n"
+        "from moe_train.data.inputs import Inputs\n"
+        "from moe_train.data.prepare import prepare\n"
         "from moe_train.data.tokenizer import ByteTokenizer\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "prepare(Inputs([sys.argv[1]]), sys.argv[2], ByteTokenizer())\n"

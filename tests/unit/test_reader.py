@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import reseal
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties
 
 from moe_train.checkpoint import dcp
+from moe_train.checkpoint.logical import logical_tensors
 from moe_train.errors import UserError
 
 
@@ -104,28 +106,42 @@ def test_an_index_that_is_a_program_is_refused(checkpoint: Path, tmp_path: Path,
     assert not hasattr(TensorProperties, "forged")
 
 
-def test_an_object_in_a_shard_is_never_unpickled(tmp_path: Path) -> None:
+def edit_manifest(folder: Path, edit: Callable[[dict], Any]) -> None:
+    """Change the tensors of a manifest and seal it."""
+
+    def edited(manifest: dict) -> dict:
+        edit(manifest["tensors"])
+        return manifest
+
+    reseal(folder, edited)
+
+
+def test_what_is_no_tensor_is_neither_saved_nor_read(checkpoint: Path, tmp_path: Path) -> None:
     sentinel = tmp_path / "ran"
-    folder = dcp.save(tmp_path / "c", 3, {**tensors(), "extra": Order(sentinel)}, {"loader": {}}, {})
-    sentinel.unlink(missing_ok=True)  # saving copies what it saves
-    dcp.load(folder, blank())
-    assert "extra is no tensor in the checkpoint, and only tensors are read" in refusal(folder, {**blank(), "extra": 0})
-    edit_index(folder, lambda index: index.state_dict_metadata.update({"model.w": BytesStorageMetadata()}))
-    edit_index(
-        folder, lambda index: index.storage_data.update({MetadataIndex("model.w"): index.storage_data[MetadataIndex("extra")]})
-    )
-    assert "model.w is no tensor in the checkpoint" in refusal(folder)
+    with pytest.raises(UserError, match="extra is no tensor, and only tensors are saved"):
+        dcp.save(tmp_path / "d", 3, {**tensors(), "extra": Order(sentinel)}, {}, {})
+    sentinel.unlink(missing_ok=True)  # planning a save copies what it saves
+    assert "extra is no tensor, and only tensors are read" in refusal(checkpoint, {**blank(), "extra": 0})
+    edit_index(checkpoint, lambda index: index.state_dict_metadata.update({"model.w": BytesStorageMetadata()}))
+    assert "model.w is no tensor" in refusal(checkpoint)
     assert not sentinel.exists()
 
 
-def test_a_tensor_that_holds_an_object_is_not_unpickled(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_holds_an_object_is_not_unpickled(tmp_path: Path) -> None:
+    """Everything agrees with it."""
     sentinel = tmp_path / "ran"
-    torch.save(Order(sentinel), checkpoint / "__0_0.distcp")
-    size = (checkpoint / "__0_0.distcp").stat().st_size
-    edit_index(checkpoint, lambda index: [vars(place).update(offset=0, length=size) for place in index.storage_data.values()])
-    message = refusal(checkpoint)
+    folder = dcp.save(tmp_path / "c", 3, {"model": {"w": torch.arange(12.0).view(3, 4)}}, {"loader": {}}, {})
+    torch.save(Order(sentinel), folder / "__0_0.distcp")
+    size = (folder / "__0_0.distcp").stat().st_size
+    edit_index(folder, lambda index: [vars(place).update(offset=0, length=size) for place in index.storage_data.values()])
+    edit_manifest(folder, lambda listed: listed["model.w"]["chunks"][0].__setitem__(4, size))
+    reseal(folder)
+    message = refusal(folder, {"model": {"w": torch.zeros(3, 4)}})
     assert "a shard is damaged, or holds something that is no tensor" in message
     assert "weights_only" not in message  # torch advises to turn it off
+    (tensor,) = logical_tensors(folder)
+    with pytest.raises(UserError, match=r"model.w, \[3, 4\] at \[0, 0\], in __0_0.distcp holds no tensor"):
+        tensor.load()
     assert not sentinel.exists()
 
 
@@ -133,42 +149,117 @@ def place(**changes: Any) -> Callable[[Metadata], Any]:
     return lambda index: [vars(where).update(changes) for where in index.storage_data.values()]
 
 
+OTHER = "the chunks of model.w are not those in manifest.json"
+
+
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (place(relative_path="../secret.distcp"), "no file of this checkpoint"),
-        (place(relative_path="/etc/passwd"), "no file of this checkpoint"),
-        (place(relative_path=3), "no file of this checkpoint"),
-        (place(offset=-1), "at byte -1"),
-        (place(length=2**60), "of __0_0.distcp"),
-        (place(offset=2**62), "of __0_0.distcp"),
+        (place(relative_path="../secret.distcp"), OTHER),
+        (place(relative_path=3), OTHER),
+        (place(offset=-1), OTHER),
+        (place(length=2**60), OTHER),
         (place(transform_descriptors=["stream.zstd"]), "is encoded by"),
-        (lambda index: index.state_dict_metadata["model.w"].chunks.clear(), "has 0 of its 12 numbers"),
-        (
-            lambda index: vars(index.state_dict_metadata["model.w"].chunks[0]).update(sizes=torch.Size([2, 4])),
-            "has 8 of its 12",
-        ),
-        (
-            lambda index: vars(index.state_dict_metadata["model.w"].chunks[0]).update(offsets=torch.Size([1, 0])),
-            "has a chunk of",
-        ),
-        (lambda index: vars(index.state_dict_metadata["model.w"]).update(size=torch.Size([2**60, 2**60])), "numbers"),
-        (lambda index: index.storage_data.clear(), "cannot be loaded into this model"),
-        (lambda index: index.state_dict_metadata.pop("model.b"), "Missing key in checkpoint state_dict: model.b"),
+        (lambda index: index.state_dict_metadata["model.w"].chunks.clear(), OTHER),
+        (lambda index: vars(index.state_dict_metadata["model.w"].chunks[0]).update(sizes=torch.Size([2, 4])), OTHER),
+        (lambda index: vars(index.state_dict_metadata["model.w"].chunks[0]).update(offsets=torch.Size([1, 0])), "damaged"),
+        (lambda index: vars(index.state_dict_metadata["model.w"]).update(size=torch.Size([2**60, 2**60])), "is wanted"),
+        (lambda index: index.storage_data.clear(), "damaged: KeyError"),
+        (lambda index: index.state_dict_metadata.pop("model.b"), "model.b, float32 [], is missing in .metadata"),
         (lambda index: vars(index).update(storage_data=3), "damaged"),
         (lambda index: vars(index).update(state_dict_metadata={"model.w": 3}), "damaged"),
     ],
 )
-def test_an_index_that_does_not_fit_its_files_is_refused(checkpoint: Path, edit: Callable, part: str) -> None:
+def test_an_index_that_is_not_that_of_the_manifest_is_refused(checkpoint: Path, edit: Callable, part: str) -> None:
     (checkpoint.parent / "secret.distcp").write_bytes((checkpoint / "__0_0.distcp").read_bytes())
     edit_index(checkpoint, edit)
     assert part in refusal(checkpoint)
 
 
-def test_a_checkpoint_of_another_shape_is_refused(checkpoint: Path) -> None:
-    message = refusal(checkpoint, {"model": {"w": torch.zeros(3, 5)}})
-    assert "ValueError: Size mismatch between saved torch.Size([3, 4]) and current: torch.Size([3, 5]) for model.w" in message
-    assert "Missing key in checkpoint state_dict: model.v" in refusal(checkpoint, {"model": {"v": torch.zeros(3, 4)}})
+def chunk(position: int, value: Any) -> Callable[[dict], Any]:
+    return lambda listed: listed["model.w"]["chunks"][0].__setitem__(position, value)
+
+
+UNTYPED = "manifest.json has no shape, dtype and chunks of each tensor"
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"),
+    [
+        (chunk(0, [1, 0]), "model.w of [3, 4] has a chunk of [3, 4] at [1, 0] in __0_0.distcp, which is not inside of it"),
+        (chunk(1, [2, 4]), "model.w of [3, 4] lacks [1, 4] at [2, 0], which is in no file"),
+        (chunk(2, "../secret.distcp"), "model.w is in '../secret.distcp', which is no shard"),
+        (chunk(2, "/etc/passwd"), "model.w is in '/etc/passwd', which is no shard"),
+        (chunk(2, "config.yaml"), "model.w is in 'config.yaml', which is no shard"),
+        (chunk(2, 3), UNTYPED),
+        (chunk(3, -1), UNTYPED),
+        (chunk(3, 2**62), "of __0_0.distcp"),
+        (chunk(4, 2**62), "of __0_0.distcp"),
+        (chunk(4, 0), "of __0_0.distcp, 0 long"),
+        (chunk(5, None), UNTYPED),
+        (chunk(0, [0]), UNTYPED),
+        (chunk(0, [0.0, 0]), UNTYPED),
+        (lambda listed: listed["model.w"]["chunks"].clear(), "model.w of [3, 4] lacks [3, 4] at [0, 0]"),
+        (lambda listed: listed["model.w"]["chunks"].append(listed["model.w"]["chunks"][0]), "that overlaps another one"),
+        (lambda listed: listed["model.w"].update(dtype="complex1"), UNTYPED),
+        (lambda listed: listed["model.w"].update(dtype="float64"), "model.w is float32 [3, 4] in .metadata, where float64"),
+        (lambda listed: listed["model.w"].update(shape=[3, 4, 1]), UNTYPED),
+        (lambda listed: listed["model.w"].pop("chunks"), UNTYPED),
+        (lambda listed: listed.update({"model.w": 3}), UNTYPED),
+        (lambda listed: listed.pop("model.b"), "bytes, of which tensors have"),
+        (lambda listed: listed.update({"model.c": {**listed["model.b"], "chunks": []}}), "model.c of [] lacks [] at []"),
+        (lambda listed: listed.update({"model.c": listed["model.b"]}), "where the record before ends at"),
+    ],
+)
+def test_a_manifest_with_a_tensor_that_is_not_whole_is_refused(checkpoint: Path, edit: Callable, part: str) -> None:
+    (checkpoint.parent / "secret.distcp").write_bytes((checkpoint / "__0_0.distcp").read_bytes())
+    edit_manifest(checkpoint, edit)
+    message = refusal(checkpoint)
+    assert part in message
+    assert str(checkpoint) in message
+    assert "\n" not in message
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path) -> None:
+    """Another shape, another type, a tensor too few, a tensor too many; sections that nobody asks for do not matter."""
+    wide = {**blank()["model"], "w": torch.zeros(3, 5)}
+    assert "model.w is float32 [3, 4] in manifest.json, where float32 [3, 5] is wanted" in refusal(checkpoint, {"model": wide})
+    fine = {**blank()["model"], "w": torch.zeros(3, 4, dtype=torch.float64)}
+    assert "model.w is float32 [3, 4] in manifest.json, where float64 [3, 4] is wanted" in refusal(checkpoint, {"model": fine})
+    more = {**blank()["model"], "v": torch.zeros(3)}
+    assert "model.v, float32 [3], is missing in manifest.json" in refusal(checkpoint, {"model": more})
+    assert "model.b in manifest.json, which nothing asks for" in refusal(checkpoint, {"model": {"w": torch.zeros(3, 4)}})
+
+
+def test_a_save_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    """What must be there is known from the whole model."""
+    whole = {f"model.{name}": value.to("meta") for name, value in tensors()["model"].items()}
+    before = dcp.save(tmp_path, 1, tensors(), {}, {}, whole)
+    for wrong, part in (
+        ({"w": torch.zeros(3, 4)}, "model.b, float32 [], is missing in the shards"),
+        ({**tensors()["model"], "c": torch.zeros(2)}, "model.c in the shards, which nothing asks for"),
+        ({**tensors()["model"], "b": torch.tensor(1)}, "model.b is int64 [] in the shards, where float32 [] is wanted"),
+    ):
+        with pytest.raises(UserError, match=re.escape(part)) as caught:
+            dcp.save(tmp_path, 2, {"model": wrong}, {}, {}, whole)
+        assert not isinstance(caught.value, dcp.NotSaved)  # which training would go on after
+        assert [path.name for path in tmp_path.iterdir()] == [before.name]
+
+
+def test_logical_tensors(checkpoint: Path) -> None:
+    dist.destroy_process_group()
+    found = {tensor.name: tensor for tensor in logical_tensors(checkpoint)}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert list(found) == ["b", "w"]
+    assert (found["w"].shape, found["w"].dtype) == ((3, 4), torch.float32)
+    for name, value in tensors()["model"].items():
+        assert torch.equal(found[name].load(), value)
+    assert not list(logical_tensors(checkpoint, "optimizer"))
+    data = bytearray((checkpoint / "__0_0.distcp").read_bytes())
+    data[found["w"].entry.chunks[0].start + 500] ^= 1
+    (checkpoint / "__0_0.distcp").write_bytes(data)
+    with pytest.raises(UserError, match=r"model.w, \[3, 4\] at \[0, 0\], in __0_0.distcp does not have the SHA-256"):
+        found["w"].load()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +272,9 @@ def test_a_checkpoint_of_another_shape_is_refused(checkpoint: Path) -> None:
         lambda state: {**state, "files": {**state["files"], "../c": {"bytes": 1, "sha256": ""}}},
         lambda state: {**state, "files": {**state["files"], "config.yaml": 3}},
         lambda state: {**state, "files": {**state["files"], "config.yaml": {}}},
+        lambda state: {**state, "files": {**state["files"], "__0_0.distcp": {"bytes": "1"}}},
+        lambda state: {**state, "tensors": []},
+        lambda state: {key: value for key, value in state.items() if key != "tensors"},
         lambda state: {key: value for key, value in state.items() if key != "files"},
         lambda state: [state],
         lambda state: None,
@@ -199,5 +293,5 @@ def test_a_path_without_a_checkpoint_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"", b"1" * 5000])
 def test_a_state_that_is_no_json_is_refused(checkpoint: Path, content: bytes) -> None:
-    (checkpoint / "state.json").write_bytes(content)
+    (checkpoint / "manifest.json").write_bytes(content)
     assert "not a complete checkpoint" in refusal(checkpoint)

@@ -172,7 +172,7 @@ def test_mistakes_are_one_message(run: Path, tmp_path: Path, script: str, call: 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("victim", ["state.json", ".metadata", "config.yaml", "__0_0.distcp"])
+@pytest.mark.parametrize("victim", ["manifest.json", ".metadata", "config.yaml", "__0_0.distcp"])
 def test_a_truncated_checkpoint_is_refused(run: Path, tmp_path: Path, victim: str) -> None:
     copy = tmp_path / "step-00000006"
     subprocess.run(["cp", "-r", str(run / "checkpoints" / "step-00000006"), str(copy)], check=True)

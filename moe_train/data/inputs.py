@@ -1,0 +1,231 @@
+"""Text files, folders and JSON lines as documents, in pieces that can be read apart from each other.
+
+A `.jsonl` or `.ndjson` file has one document per line, in one field of a JSON object; any other file is one document, byte for
+byte, or with `lines` one document per line. Any of them may be compressed (`.gz`, `.zst`). Folders are read with all folders
+below them, in the order of their paths, without hidden files.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_train.data.attack import swap_words
+from moe_train.data.compressed import inner_suffix, is_compressed, reading
+from moe_train.data.indexed import beside
+from moe_train.data.sidecar import UNKNOWN_LABEL
+from moe_train.errors import UserError
+
+LINES = (".jsonl", ".ndjson")
+OWN = (".bin", ".idx", ".labels", ".json", ".model", ".vocab", ".tokenizer")  # suffixes of a dataset's files
+_BOM = b"\xef\xbb\xbf"
+_BLOCK = 1 << 20
+
+Policy = Literal["keep", "replace", "error"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text before it is encoded. `valid` is False when it is, or was, no valid UTF-8; `skipped` stands for a wrong line."""
+
+    text: bytes
+    label: str = UNKNOWN_LABEL
+    valid: bool = True
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or its lines that start at bytes [start, stop). `size` in bytes tells how much work it is."""
+
+    path: Path
+    start: int
+    stop: int | None
+    size: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where documents come from, and how they are read."""
+
+    paths: Sequence[str | os.PathLike[str]]
+    field: str = "text"  # of a JSON line
+    label_field: str | None = None
+    without: str | os.PathLike[str] | None = None  # prefix of the output, whose files in a folder are no input
+    lines: bool = False  # each line of a text file is a document
+    invalid_utf8: Policy = "keep"
+    skip_bad_lines: bool = False
+    swap_words: float = 0.0  # share of words that the word-swap attack replaces
+    seed: int = 0  # of the attack
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents, always in the same order. Raises UserError naming the file, and the line, that is wrong."""
+        for piece in self.pieces():
+            yield from self.read(piece)
+
+    def files(self) -> list[Path]:
+        """Return all files. Raises UserError for a path that does not exist, and when there is no file at all."""
+        own = {beside(self.without, suffix).absolute() for suffix in OWN} if self.without is not None else set()
+        files = [file for path in self.paths for file in _files_of(Path(path), own)]
+        if not files:
+            raise UserError(f"no files in {', '.join(map(str, self.paths)) or 'the inputs'}; name files or folders with text")
+        return files
+
+    def pieces(self, size: int = 1 << 62) -> Iterator[Piece]:
+        """Yield the files in order, those of lines that are not compressed in ranges of `size` bytes."""
+        for path in self.files():
+            whole = _size(path)
+            if self._has_lines(path) and not is_compressed(path):
+                for start in range(0, max(whole, 1), size):
+                    stop = min(start + size, whole)
+                    yield Piece(path, start, stop, stop - start)
+            else:
+                yield Piece(path, 0, None, whole)
+
+    def read(self, piece: Piece) -> Iterator[Document]:
+        """Yield the documents of a piece. Raises UserError naming the file, and the line, that is wrong."""
+        documents = self._lines(piece) if self._has_lines(piece.path) else self._whole(piece.path)
+        if not self.swap_words:
+            yield from documents
+            return
+        for document in documents:
+            text = swap_words(document.text, self.swap_words, self.seed)
+            yield Document(text, document.label, document.valid, document.skipped)
+
+    def _has_lines(self, path: Path) -> bool:
+        return self.lines or inner_suffix(path) in LINES
+
+    def _whole(self, path: Path) -> Iterator[Document]:
+        with reading(path) as file:
+            text = file.read()
+        yield self._checked(text, UNKNOWN_LABEL, _is_valid(text), str(path))
+
+    def _lines(self, piece: Piece) -> Iterator[Document]:
+        parse = self._json if inner_suffix(piece.path) in LINES else self._plain
+        with reading(piece.path) as file:
+            at = first = _to_line(file, piece.start)
+            for number, line in enumerate(file, 1):
+                if piece.stop is not None and at >= piece.stop:
+                    return
+                at += len(line)
+                text = line.removeprefix(_BOM) if first == 0 and number == 1 else line
+                try:
+                    yield from parse(text)
+                except _BadLineError as error:
+                    if not self.skip_bad_lines:
+                        raise UserError(f"{piece.path}:{_lines_before(piece.path, first) + number}: {error}") from None
+                    yield Document(b"", skipped=True)
+
+    def _plain(self, line: bytes) -> Iterator[Document]:
+        text = line.removesuffix(b"\n").removesuffix(b"\r")
+        yield self._checked(text, UNKNOWN_LABEL, _is_valid(text))
+
+    def _json(self, line: bytes) -> Iterator[Document]:
+        if not line.strip():
+            return
+        try:
+            fields = json.loads(line.decode("utf-8", errors="surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            raise _BadLineError(f"not a JSON line ({error})") from None
+        if not isinstance(fields, dict):
+            raise _BadLineError(f"a JSON line must be an object with the field {self.field!r}, not {_kind(fields)}")
+        text = _get(fields, self.field)
+        if not isinstance(text, str):
+            raise _BadLineError(f"field {self.field!r} must be text, not {_kind(text)}")
+        raw, valid = _to_bytes(text)
+        yield self._checked(raw, self._label(fields), valid)
+
+    def _checked(self, text: bytes, label: str, valid: bool, file: str | None = None) -> Document:
+        """Apply the policy for what is no valid UTF-8; `file` is given where a document is a file."""
+        if not valid and self.invalid_utf8 == "error":
+            problem = "no valid UTF-8; choose --invalid-utf8 replace or keep"
+            raise UserError(f"{file}: {problem}") if file is not None else _BadLineError(problem)
+        if not valid and self.invalid_utf8 == "replace":
+            text = text.decode("utf-8", errors="replace").encode()
+        return Document(text, label, valid)
+
+    def _label(self, fields: dict[str, Any]) -> str:
+        label = None if self.label_field is None else _get(fields, self.label_field)
+        if label is None:
+            return UNKNOWN_LABEL
+        if not isinstance(label, str | int):
+            raise _BadLineError(f"label field {self.label_field!r} must be text or a whole number, not {_kind(label)}")
+        return _to_bytes(str(label))[0].decode("utf-8", errors="replace")
+
+
+class _BadLineError(Exception):
+    """What is wrong with a line, without where it is."""
+
+
+def _to_line(file: Any, start: int) -> int:
+    """Go to the first line that starts at `start` or behind it, and return where that is."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+def _lines_before(path: Path, first: int) -> int:
+    """Count the lines before byte `first`; only errors want to know it."""
+    count = 0
+    if first:
+        with path.open("rb") as file:
+            while first > 0 and (block := file.read(min(_BLOCK, first))):
+                count += block.count(b"\n")
+                first -= len(block)
+    return count
+
+
+def _get(fields: dict[str, Any], name: str) -> Any:
+    if name not in fields:
+        found = ", ".join(map(repr, list(fields)[:8])) or "nothing"
+        raise _BadLineError(f"no field {name!r} among {found}; choose one with --field or --label-field")
+    return fields[name]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _files_of(path: Path, without: set[Path]) -> list[Path]:
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):  # False for names that no file can have
+        raise UserError(f"input {path} does not exist")
+    files = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    kept = [file for file in files if file.is_file() and file.absolute() not in without]
+    return sorted(kept, key=lambda file: file.relative_to(path).parts)
+
+
+def _is_valid(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _to_bytes(text: str) -> tuple[bytes, bool]:
+    """Return the text in UTF-8 and whether it was valid: bytes that were not are restored, lone surrogates become U+FFFD."""
+    try:
+        return text.encode("utf-8"), True
+    except UnicodeEncodeError:
+        pass
+    try:
+        return text.encode("utf-8", errors="surrogateescape"), False
+    except UnicodeEncodeError:
+        return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace").encode("utf-8"), False
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true or false"}.get(
+        type(value), "a number"
+    )

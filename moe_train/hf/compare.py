@@ -1,0 +1,79 @@
+"""Whether two models say the same about real tokens."""
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_train.data.characters import CharacterTokenizer
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.errors import UserError
+from moe_train.hf import remote
+
+TOLERANCE = 1e-5  # of a logit, relative to the largest one: fp32 products in another order
+ROWS, LENGTH = 2, 96
+CHARACTERS = 20_000
+
+
+class Difference(NamedTuple):
+    """Of the logits of two models."""
+
+    largest: float
+    scale: float  # the largest logit
+    tokens: int
+
+    @property
+    def same(self) -> bool:
+        """Whether it is within TOLERANCE (no NaN is)."""
+        return self.largest <= TOLERANCE * self.scale
+
+    def __str__(self) -> str:
+        return f"largest difference of logits {self.largest:.2e}, of {self.scale:.3g}, on {self.tokens} tokens of real text"
+
+
+def real_text() -> str:
+    """Of Python's standard library."""
+    return inspect.getsource(argparse)[:CHARACTERS]
+
+
+def real_tokens(tokenizer: Tokenizer, vocab_size: int, seq_len: int) -> Tensor:
+    """Text of Python's standard library, [2, at most 96] int64."""
+    length = min(LENGTH, seq_len)
+    text = real_text().encode()
+    if isinstance(tokenizer, CharacterTokenizer):
+        known = tokenizer.decode_bytes(range(tokenizer.eod))
+        text = bytes(byte for byte in text if byte in known)
+    ids = torch.from_numpy(tokenizer.encode(text).astype("int64"))
+    if int(ids.max()) >= vocab_size:
+        raise UserError(
+            f"the tokenizer has id {int(ids.max())}, and the model's vocab_size is {vocab_size}; give the model's own"
+        )
+    return ids[: ROWS * length].view(ROWS, -1)
+
+
+@torch.no_grad()
+def their_logits(folder: Path, settings: dict[str, Any], tokens: Tensor) -> Tensor:
+    """tokens [B, S] -> logits [B, S, V] of the model in `folder`, as transformers computes them in fp32. Runs no code from there."""
+    import transformers
+
+    ours = settings["model_type"] == "moe_train"
+    kind: Any = remote.make_class(settings["model"]["router"]["name"]) if ours else transformers.AutoModelForCausalLM
+    options = {} if ours else {"trust_remote_code": False}
+    model = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    logits: Tensor = model.eval()(input_ids=tokens).logits
+    return logits
+
+
+def compare(ours: Tensor, theirs: Tensor) -> Difference:
+    """Of logits [B, S, V]."""
+    largest = float((ours.double() - theirs.double()).abs().max())
+    return Difference(largest, float(ours.abs().max()), ours.shape[0] * ours.shape[1])
+
+
+def require_same(difference: Difference, what: str) -> None:
+    """Raise UserError unless the two models say the same."""
+    if not difference.same:
+        raise UserError(f"{what}: {difference}, which is more than {TOLERANCE:g} of it; nothing was written")
