@@ -39,8 +39,9 @@ def measure_prepare(tokenizer: str, megabytes: float, workers: int) -> dict[str,
         clock = time.process_time if workers == 1 else time.perf_counter
         bare: list[float] = []
         ours: list[float] = []
-        beside = isinstance(encoder, SentencePieceTokenizer) and workers == 1
-        processor = spm.SentencePieceProcessor(model_file=tokenizer) if beside else None
+        processor = spm.SentencePieceProcessor()
+        if beside := isinstance(encoder, SentencePieceTokenizer) and workers == 1:
+            processor.load(tokenizer)
 
         def bare_loop() -> None:
             for text in texts:

@@ -43,7 +43,7 @@ def upcycle(source: Path, out: Path, overrides: list[str], noise: float = 0.0) -
 
     Raises UserError, and writes nothing, where a size does not fit, or the function is not what it was and should be.
     """
-    native, config = _prepare(source, out, overrides)
+    native, config = _prepare(source, out, overrides, {"name": "topk"})
     slices = _slices(native, config)
     changes = _changes(config, slices, noise)
     difference = _write(native, config, out, lambda: _upcycled(native, config, slices, noise), None if changes else str(source))
@@ -63,10 +63,12 @@ def swap_router(source: Path, out: Path, overrides: list[str]) -> str:
     return f"{difference}; a new router changes the function"
 
 
-def _prepare(source: Path, out: Path, overrides: list[str]) -> tuple[Native, Config]:
-    """The source, and the config of what is made of it."""
+def _prepare(source: Path, out: Path, overrides: list[str], router: dict[str, Any] | None = None) -> tuple[Native, Config]:
+    """The source, and the config of what is made of it: the source's own with `overrides`, and with `router` in place of its router."""
     native = open_native(source)
     content: dict[str, Any] = load_run(native.path / CONFIG_FILE).model_dump(mode="json")
+    if router is not None:  # keys that suited one expert, such as weights that are not renormalised, would change the function
+        content["model"]["router"] = router
     for word in overrides:
         content = merge(content, read_override(word))
     return native, new_config(content, native.tokenizer, out)

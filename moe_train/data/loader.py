@@ -93,7 +93,7 @@ class Loader:
         stream = self._stream
         spans = [(0, len(stream.datasets))] if weights is None else stream.sources
         check_weights(weights := [1.0] if weights is None else weights, len(spans))
-        sources = []
+        sources: list[Source] = []
         for (first, last), weight in zip(spans, weights, strict=True):
             start, stop = stream.span(first, last)
             rows = (stop - start) // self._seq_len // (self._lanes or 1) * (self._lanes or 1)

@@ -201,7 +201,7 @@ class SentencePieceTokenizer(Tokenizer):
         else:
             utf8(text)
         if text.isascii() or not _SPELLED.search(text):
-            return np.array(self._processor.encode(text), dtype=np.int32)
+            return self._encode_part(text, spell=False)
         parts = [self._encode_part(part, spell=i % 2 == 1) for i, part in enumerate(_SPELLED.split(text))]
         return np.concatenate(parts)
 
@@ -209,7 +209,8 @@ class SentencePieceTokenizer(Tokenizer):
         if spell:
             raw = part.encode("utf-8", errors="surrogateescape")
             return self._byte_ids[np.frombuffer(raw, dtype=np.uint8)]
-        return np.array(self._processor.encode(part), dtype=np.int32)
+        ids = self._processor.encode(part)
+        return np.fromiter(ids, dtype=np.int32, count=len(ids))  # half the time of np.array
 
     def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
         """Return the pieces' bytes, one after the other."""

@@ -42,7 +42,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], total: int
     if len(files) == 1:
         (folder / _part(0)).rename(folder / NAME)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(files):
         final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / _part(number)).rename(folder / final)
@@ -73,7 +73,7 @@ def tensor_files(folder: Path) -> list[Path]:
 
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Name -> file of every tensor in a folder of safetensors files."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in tensor_files(folder):
         with _opened(file) as opened:
             found |= dict.fromkeys(opened.keys(), file)
@@ -82,7 +82,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
 def read_shapes(folder: Path) -> dict[str, list[int]]:
     """Name -> shape of every tensor in a folder of safetensors files."""
-    found = {}
+    found: dict[str, list[int]] = {}
     for file in tensor_files(folder):
         with _opened(file) as opened:
             found |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (no mapping)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_train.cli import parse
 from moe_train.data.loader import EvalRows, Loader
 from moe_train.data.tokenizer import ByteTokenizer
 from moe_train.data.writer import DatasetWriter
@@ -168,6 +169,20 @@ def test_a_place_that_no_run_can_have_is_refused(prefixes, edit):
     for sources in (None, [], [3]):
         with pytest.raises(UserError, match="start from another checkpoint"):
             loader(prefixes).load_state_dict(state | {"sources": sources})
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"train": ["a", "b"], "weights": [1]}, "data.weights=.* one number for each of the 2 entries"),
+        ({"weights": [1]}, "each of the 0 entries"),
+        ({"train": ["a", "b"], "weights": [1, 0]}, "data.weights.1=0"),
+        ({"train": ["a", "b"], "weights": [1, 2], "order": "contiguous"}, "data.order=contiguous: rows of a blend"),
+    ],
+)
+def test_a_run_with_wrong_weights_is_refused_before_it_starts(data, match):
+    with pytest.raises(UserError, match=match):
+        parse({"data": data}, "run")
 
 
 # Contiguous streams

@@ -17,7 +17,7 @@ TEXT = (string.ascii_lowercase + " ").encode() * 4  # 108 bytes
 def small(monkeypatch):
     """The recipes with small sizes, and the cuts, patterns and options that they have."""
     text8 = Characters(27, hashlib.md5(TEXT).hexdigest(), (90, 9, 9))
-    wiki = Words(RECIPES["wikitext-103"].files, {"train": 10, "valid": 5, "test": 5}, words=5)
+    wiki = Words(RECIPES["wikitext-103"].files, {"train": 10, "valid": 6, "test": 5}, words=5)
     names = {split: (pattern, min(count, 2)) for split, (pattern, count) in RECIPES["lm1b"].files.items()}
     lm1b = Words(names, {"train": 12}, min_count=3, lines=True)
     monkeypatch.setattr(recipes, "RECIPES", {"text8": text8, "wikitext-103": wiki, "lm1b": lm1b})
