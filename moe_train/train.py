@@ -211,7 +211,9 @@ class Trainer:
         tensors = self.engine.state_dict()
         state = dcp.load(path, tensors)
         if state.get("tokenizer") != self.tokenizer.fingerprint:
-            raise UserError(f"data.tokenizer={self.config.data.tokenizer}: not the one that {path} was trained with; give that one")
+            raise UserError(
+                f"data.tokenizer={self.config.data.tokenizer}: not the one that {path} was trained with; give that one"
+            )
         self.loader.load_state_dict(state.get("loader"))
         self.engine.load_state_dict(tensors)
         self.engine.steps_done = self.start

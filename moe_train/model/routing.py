@@ -150,10 +150,8 @@ class Router(nn.Module):
 
     registry: ClassVar[dict[type[RouterConfig], type[Router]]] = {}
     state_grad: ClassVar[bool] = True  # False where the state is assignments and not a function with a gradient
-    reuses_parameters: ClassVar[bool] = False  # True where one layer's forward and mix use a parameter before and after the experts
-    two_passes: ClassVar[bool] = (
-        False  # True where training sends each row through twice and asks the two to agree (`consistency`)
-    )
+    reuses_parameters: ClassVar[bool] = False  # True where a layer uses a parameter both before and after its experts
+    two_passes: ClassVar[bool] = False  # True where training sends each row through twice and asks the two to agree
 
     def __init__(self, config: RouterConfig, model: ModelConfig, layer: int, kernels: Backend) -> None:
         super().__init__()
