@@ -24,7 +24,7 @@ def run(words: list[str]) -> None:
         help="hidden rows of each layer that a row sees of the rows before (block transformer_xl)",
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     if given.memory < 0:
         parser.error("--memory must not be negative")
 

@@ -153,7 +153,7 @@ def test_evaluation_of_a_checkpoint_is_what_training_said(run: Path, words: list
 def test_evaluation_of_a_text_file(run: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def x(self.y)\n" * 20)
-    done = launch("evaluate", str(run), "--data", str(text))
+    done = launch("evaluate", str(run), "--data", str(text), "train.micro_batch_size=2")  # overrides may come last
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["bytes"] == 14 * 20 - 1  # nothing predicts the first byte
 
