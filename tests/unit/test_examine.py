@@ -2,27 +2,19 @@
 
 import math
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from launches import Launch, launch
 
 from moe_train.checkpoint import dcp, examine
 from moe_train.checkpoint.logical import LogicalTensor
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CONFIG = {"model": {"hidden_size": 16, "router": {"name": "topk"}}, "optim": {"lr": 1e-3}}
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of one rank, for saving."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def tensors() -> dict[str, Any]:

@@ -3,13 +3,12 @@
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from checkpoints import reseal
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties
 
@@ -17,12 +16,7 @@ from moe_train.checkpoint import dcp
 from moe_train.checkpoint.logical import logical_tensors
 from moe_train.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Order:
@@ -247,9 +241,7 @@ def test_a_save_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 
 
 def test_logical_tensors(checkpoint: Path) -> None:
-    dist.destroy_process_group()
     found = {tensor.name: tensor for tensor in logical_tensors(checkpoint)}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert list(found) == ["b", "w"]
     assert (found["w"].shape, found["w"].dtype) == ((3, 4), torch.float32)
     for name, value in tensors()["model"].items():

@@ -28,15 +28,7 @@ def saver_of(folder: Path, asynchronous: bool = True, last: int = 2) -> Saver:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def gate(alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def gate(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Saves wait until it is set, before they write anything."""
     opened, save = threading.Event(), dcp.save
 
@@ -96,7 +88,7 @@ def test_where_ranks_are_lost_nobody_waits(error: type[BaseException], gate: thr
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_background_it_is_there_at_once(alone: None, tmp_path: Path) -> None:
+def test_without_the_background_it_is_there_at_once(one_rank: None, tmp_path: Path) -> None:
     with saver_of(tmp_path, asynchronous=False) as saver:
         start(saver, 1)
         assert saver.done
@@ -115,7 +107,7 @@ def refuse(name: str) -> Callable[[Path, bytes], None]:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_refusal_is_returned_and_the_next_save_succeeds(
-    asynchronous: bool, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with saver_of(tmp_path, asynchronous) as saver:
         monkeypatch.setattr(dcp, "write_atomically", refuse(dcp.MANIFEST_FILE))
@@ -129,7 +121,7 @@ def test_a_refusal_is_returned_and_the_next_save_succeeds(
         assert value_in(tmp_path / "step-00000002") == 2
 
 
-def test_an_error_of_the_code_is_raised(alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_code_is_raised(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ValueError("a bug")
 
@@ -141,7 +133,7 @@ def test_an_error_of_the_code_is_raised(alone: None, tmp_path: Path, monkeypatch
 
 
 def test_old_checkpoints_that_cannot_be_deleted_are_a_warning(
-    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
