@@ -16,7 +16,7 @@ import moe_kernels
 import moe_train
 
 OURS = {"moe_train": Path(moe_train.__file__).parent, "moe_kernels": Path(moe_kernels.__file__).parent}
-SECTION = ("moe_train.config", "Section")
+SECTION = ("moe_train.config.base", "Section")
 
 # What stands for a definition whose own form needs pydantic.
 REPLACED = {
