@@ -14,9 +14,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """End the process group that a test has started by training in this process: the next test may want its own."""
+    before = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not before:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """A process group of one rank: its own, or the one that an earlier test of this process left."""
+    """A process group of one rank: its own, or that of the module."""
     if dist.is_initialized():
         yield
         return

@@ -7,8 +7,10 @@ from ranks import run_ranks
 from moe_train import routers
 from moe_train.cli import parse
 
-ROUTERS = [{"name": "topk"}, {"name": "recurrent", "router_size": 16}]
+pytestmark = pytest.mark.xdist_group("ranks")  # they share what one process computed
+
 SCOPES = ["sequence", "micro_batch", "global_batch"]
+ROUTERS = [{"name": "topk"}, *({"name": "recurrent", "router_size": 16, "balance_scope": scope} for scope in SCOPES)]
 STEPS = 20
 
 
@@ -58,7 +60,7 @@ def all_losses(contents: list[dict]) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     prefix = write_corpus(tmp_path_factory.mktemp("corpus") / "train")
-    return [tiny(prefix, model={**tiny(prefix)["model"], "router": {**r, "balance_scope": s}}) for r in ROUTERS for s in SCOPES]
+    return [tiny(prefix, model={**tiny(prefix)["model"], "router": router}) for router in ROUTERS]
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_sort_of_any_ids(data):
         (1, 8, 2, 40, "uniform"),
         (63, 5, 3, 72, "holes"),
         (63, 5, 2, 8, "none"),
-        (130, 4, 4, 300, "one"),
+        (70, 4, 4, 136, "one"),
     ],
 )
 @pytest.mark.parametrize("weighted", [True, False])

@@ -14,6 +14,8 @@ from corpora import write_corpus
 from launches import ROOT, Launch, command, launch
 from tiny_run import rows, words_for
 
+pytestmark = pytest.mark.xdist_group("train")  # one whole run for all
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
