@@ -19,7 +19,7 @@ RANKS ?= $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
 THREADS ?= $(shell [ $(CORES) -ge $(RANKS) ] && echo $$(($(CORES) / $(RANKS))) || echo 1)
 TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
 
-.PHONY: help corpus pretrain test test-slow test-layouts test-reshard test-integrations test-gpu bench-gpu bench-export lint types format docs aot clean
+.PHONY: help corpus pretrain test test-slow test-layouts test-reshard test-faults test-integrations test-integrations-slow test-slurm test-image test-gpu bench-gpu bench-export lint types format docs aot clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -56,14 +56,29 @@ test-layouts: $(VENV)/.installed-dev ## every router under every layout beside o
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed/test_layouts.py $(ARGS)
 
 $(VENV)/.installed-integrations: $(VENV)/.made setup.py constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hf]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hf,eval,wandb,deepspeed]' accelerate
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps megatron-core
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-dev
 
-test-integrations: $(VENV)/.installed-integrations ## models in Hugging Face transformers and back
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration tests/integrations $(ARGS)
+test-integrations: $(VENV)/.installed-integrations ## beside other projects' packages: transformers, lm-eval, megatron-core, DeepSpeed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "integration and not slow" tests/integrations $(ARGS)
+
+test-integrations-slow: $(VENV)/.installed-integrations ## DeepSpeed with the optimizer on the CPU, for which it compiles first: minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "integration and slow" tests/integrations $(ARGS)
+
+test-slurm: $(VENV)/.installed-dev ## the scripts of launch/slurm on a SLURM of two nodes on this machine (root; installs slurm-wlm and munge)
+	tests/slurm/cluster.sh $(BIN)/python -m pytest -v -m slurm tests/slurm $(ARGS)
+
+test-image: ## build docker/Dockerfile.cpu without a Docker engine and train in it (root on Debian; minutes)
+	docker/try_cpu_image.sh $(ARGS)
 
 test-reshard: $(VENV)/.installed-dev ## checkpoints of six layouts, each taken up under each of the others: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed/test_reshard.py $(ARGS)
+
+FAULT_DATA ?= tests/faults/campaign.jsonl
+test-faults: $(VENV)/.installed-dev ## more than a hundred faults in real runs, rows in FAULT_DATA: half an hour; needs leave to mount a small disk
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py run $(FAULT_DATA) $(ARGS)
+	$(BIN)/python tests/faults/campaign.py table $(FAULT_DATA)
 
 # Small shapes under the sanitizers: they slow a kernel down a hundredfold.
 SANITIZED := -m gpu tests/kernels -k sanitizer -p no:cacheprovider
@@ -96,9 +111,11 @@ bench-export: $(VENV)/.installed-integrations ## peak memory of an export to Hug
 aot: $(VENV)/.installed-dev ## compile every Triton kernel for every architecture; prints registers, shared memory, instructions
 	$(BIN)/python -m moe_kernels.aot $(ARGS)
 
-lint: $(VENV)/.installed-dev ## ruff
+lint: $(VENV)/.installed-dev ## ruff, shellcheck, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x .ci/run docker/*.sh launch/slurm/*.sbatch launch/slurm/*.env tests/slurm/*.sh
+	$(BIN)/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 types: $(VENV)/.installed-dev ## mypy
 	$(BIN)/mypy

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +43,16 @@ def run(words: list[str]) -> None:
         texts = [""]
 
     from moe_train.evaluate import restore
-    from moe_train.generate import Prompt, Sampling, check_cache, generate, with_cache, without_cache
+    from moe_train.generate import Prompt, Sampling, check_cache, generate, label_number, with_cache, without_cache
 
     # Every token is a new shape, and compiling one costs more than it could save.
     restored = restore(given.model, ["train.compile=false", *given.overrides])
     model, device = restored.model, restored.world.device
     if given.cache:
         check_cache(restored.config)
-    predict = with_cache(model.decode, device) if given.cache else without_cache(model.logits, device)
+    label = 0 if given.label is None else label_number(restored.config, given.label)
+    logits = partial(model.logits, label=label)
+    predict = with_cache(model.decode, device, label) if given.cache else without_cache(logits, device)
     sampling = Sampling(given.max_tokens, given.temperature, given.top_k, given.top_p, tuple(given.stop))
     prompts = [Prompt(text, given.seed + i) for text in texts for i in range(given.num_samples)]
     start, count = time.perf_counter(), 0
@@ -84,6 +87,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, help="choose among so many of the likeliest tokens; 0 = among all")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens that have this probability")
     parser.add_argument("--stop", action="append", default=[], help="a text ends before this one; may be repeated")
+    parser.add_argument(
+        "--label", help="label of the documents, by name in the training data or by number, for routers that read it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16, help="texts that are written at once")
     parser.add_argument(

@@ -17,6 +17,7 @@ import torch
 from moe_train.config import Config
 from moe_train.data.loader import Loader, MicroBatch, StepBatch
 from moe_train.engine.base import StepResult
+from moe_train.engine.choose import make_engine
 from moe_train.engine.native import NativeEngine
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.metrics import router_health
@@ -73,7 +74,7 @@ class Meter:
     def __init__(self, config: Config, rival: str | None = None) -> None:
         self.rival, self.world = rival, start_world(config)
         self.config, tokenizer = settle_vocabulary(config)
-        make, self.versions = load_rival(rival) if rival else (NativeEngine, {})
+        make, self.versions = load_rival(rival) if rival else (make_engine, {})
         self.memory_before = _peak_memory(self.world.device)
         self.engine: Steps = make(self.config, self.world)
         self.loader: Loader | RandomRows = (
@@ -123,6 +124,7 @@ class Meter:
             "memory_before_model_bytes": self.memory_before,
             "steps": steps,
             "ranks": world.size,
+            "engine": config.engine.name,
             "router": config.model.router.name,
             "data": config.data.train or "random",
             "dtype": str(world.dtype)[6:],
@@ -155,13 +157,14 @@ class Meter:
 
 
 def measure(config: Config, steps: int, warmup: int) -> dict[str, Any]:
-    """Time `steps` optimizer steps after `warmup` ones; on several ranks, count what another one sends."""
+    """Time `steps` optimizer steps after `warmup` ones; on several ranks of the native engine, count what another one sends."""
     meter = Meter(config)
     for step in range(warmup + steps):
         if step == warmup:
             meter.forget()
         meter.step()
-    return meter.row() | ({"sent": meter.sent()} if meter.world.size > 1 else {})
+    counted = meter.world.size > 1 and config.engine.name == "native"  # DeepSpeed's groups belong to no axis
+    return meter.row() | ({"sent": meter.sent()} if counted else {})
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -35,7 +35,6 @@ class Scale:
         self.world = self.meter.world
         assert isinstance(self.meter.engine, NativeEngine)
         self.engine = self.meter.engine
-        self.expected = self.engine.logical_state()
         self.block = os.urandom(BLOCK)  # zeros may cost a disk less
         dcp.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
 
@@ -55,7 +54,7 @@ class Scale:
 
     def start(self, saver: Saver, step: int) -> None:
         """Begin a save of the state as it is."""
-        saver.start(step, self.engine.state_dict(), {}, {}, self.expected)
+        saver.start(step, self.engine.state_dict(), {}, {}, self.engine.logical_state())
 
     def save(self, saver: Saver, step: int) -> None:
         """Save and wait."""
@@ -134,7 +133,8 @@ def measure(config: Config, folder: Path, repeats: int, steps: int) -> dict[str,
             rates["read"].append(timed(scale.read_plainly))
     stall = in_background(scale, steps, repeats)
     scale.clean()
-    model = sum(tensor.nbytes for name, tensor in scale.expected.items() if name.startswith("model."))
+    logical = scale.engine.logical_state()
+    model = sum(tensor.nbytes for name, tensor in logical.items() if name.startswith("model."))
     return {
         "model_bytes": model,
         "checkpoint_bytes": size,

@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from moe_train import config as tree
 from moe_train import routers
 from moe_train.config import Config
+from moe_train.config.layout import check_layout
 from moe_train.errors import UserError
 from moe_train.patience import within
 
@@ -171,12 +172,14 @@ def read_override(word: str) -> Mapping:
     return nested
 
 
-def load_run(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The run of file `path` with `overrides`. Raises UserError listing every problem."""
+def load_run(
+    path: Path | str, overrides: list[str] | tuple[str, ...] = (), complete: Callable[[Mapping], Mapping] = dict
+) -> Config:
+    """The run of file `path` with `overrides`, to which `complete` may add. Raises UserError listing every problem."""
     content = read_file(Path(path))
     for word in overrides:
         content = merge(content, read_override(word))
-    return parse(content, str(path))
+    return parse(complete(content), str(path))
 
 
 def parse(content: Mapping, where: str) -> Config:
@@ -320,8 +323,12 @@ def usage(tool: str, what: str) -> str:
     return "\n".join(lines)
 
 
-def config_from_words(words: list[str], tool: str, what: str) -> Config:
-    """The run that a tool's words describe. `--help`, `--print-config` and `--schema` print and exit with 0."""
+def config_from_words(words: list[str], tool: str, what: str, complete: Callable[[Mapping], Mapping] = dict) -> Config:
+    """The run that a tool's words describe. `--help`, `--print-config` and `--schema` print and exit with 0.
+
+    `complete` adds to what the file and the words say, before it is checked. With WORLD_SIZE in the environment, `--print-config`
+    checks the layout on so many ranks, too.
+    """
     tree.build_schema()
     if "--help" in words or "-h" in words:
         print(usage(tool, what))
@@ -336,8 +343,10 @@ def config_from_words(words: list[str], tool: str, what: str) -> Config:
         raise UserError(f"{flags[0]}: unknown option; use section.key=value words, or --help")
     if not words or "=" in words[0]:
         raise UserError(f"{tool} needs a run file first: {tool} CONFIG.yaml [section.key=value ...]; see --help")
-    config = load_run(words[0], words[1:])
+    config = load_run(words[0], words[1:], complete)
     if show:
+        if ranks := os.environ.get("WORLD_SIZE"):
+            check_layout(config, int(ranks))
         print(dump(config), end="")
         sys.exit(0)
     return config

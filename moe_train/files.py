@@ -29,6 +29,15 @@ def fsync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def fsync_file(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file under a temporary name, then rename it."""
     temporary = temporary_beside(path)

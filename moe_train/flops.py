@@ -9,7 +9,8 @@ parameter and token, plus the attention core (scores and weighted values), which
 
 Active means: attention projections, the experts that a token visits in a layer, shared experts, dense layers, the router (with the
 module that all layers share counted once per MoE layer) and the output head. Not counted: embedding look-up, norms, biases,
-softmax, optimizer, recomputation, and the masking of packed documents, which makes the attention core cheaper than stated. Where
+softmax, optimizer, recomputation, and the masking of packed documents, which makes the attention core cheaper than stated, and what
+`train.memory` adds to it. Where
 attention knows positions by their distance (block transformer_xl), scores of distances count as a second set of scores.
 """
 
@@ -113,7 +114,7 @@ def _core(block: nn.Module, config: ModelConfig, seq_len: int) -> int:
 
 
 def _head(model: Decoder) -> int:
-    return _matrices(model.embedding if model.config.tie_embeddings else model.head)
+    return _matrices(model.embedding if model.config.tied_head else model.head)
 
 
 def _matrices(module: nn.Module | None) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config import Config, Conflict
+from moe_train.data.stream import TokenStream
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.cache import Cache
@@ -32,6 +33,7 @@ class Prompt(NamedTuple):
 
     text: str
     seed: int = 0
+    last: int | None = None  # only so many of its last tokens are read
 
 
 class Written(NamedTuple):
@@ -50,8 +52,11 @@ class Predict(Protocol):
         ...
 
 
-def with_cache(decode: Callable[[Tensor, Cache], tuple[Tensor, Cache]], device: torch.device) -> Predict:
-    """Predict one token after the other. `decode`: tokens [B, S] that follow a cache -> logits [B, V] and the cache with them."""
+def with_cache(decode: Callable[[Tensor, Cache], tuple[Tensor, Cache]], device: torch.device, label: int = 0) -> Predict:
+    """Predict one token after the other, of documents with a label.
+
+    `decode`: tokens [B, S] that follow a cache -> logits [B, V] and the cache with them.
+    """
 
     def predict(rows: list[list[int]], cache: Cache | None) -> tuple[Tensor, Cache | None]:
         if cache is not None:
@@ -59,7 +64,7 @@ def with_cache(decode: Callable[[Tensor, Cache], tuple[Tensor, Cache]], device: 
         longest = max(map(len, rows))
         padding = torch.tensor([longest - len(row) for row in rows], device=device)
         tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        return decode(tokens, Cache(padding))
+        return decode(tokens, Cache(padding, label=label))
 
     return predict
 
@@ -71,6 +76,24 @@ def without_cache(logits_of: Callable[[Tensor], Tensor], device: torch.device) -
         return torch.stack([logits_of(torch.tensor([row], device=device))[0, -1] for row in rows]), None
 
     return predict
+
+
+def label_number(config: Config, label: str) -> int:
+    """The number of a label of documents, which is given as such or by its name in the run's training data.
+
+    Raises UserError where the router does not read labels, or there is no such label.
+    """
+    router = config.model.router
+    if not router.reads_labels:
+        raise UserError(f"--label={label}: router {router.name} does not read the labels of documents; leave it out")
+    if label.isdecimal() and len(label) < 10:
+        return int(label)
+    names = () if config.data.train is None else TokenStream(config.data.train).label_names
+    if label not in names:
+        raise UserError(
+            f"--label={label}: no label of data.train, which has {', '.join(names)}; give one of them, or its number"
+        )
+    return names.index(label)
 
 
 def cache_conflicts(config: Config) -> list[Conflict]:
@@ -140,7 +163,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling) -> None:
         self.tokenizer, self.sampling = tokenizer, sampling
-        self.ids = [int(i) for i in tokenizer.encode(prompt.text)] or [tokenizer.eod]
+        self.ids = [int(i) for i in tokenizer.encode(prompt.text)][-(prompt.last or 0) :] or [tokenizer.eod]
         self.generator = torch.Generator().manual_seed(prompt.seed)
         self.text, self.count = b"", 0
         self.stops = [stop.encode(errors="surrogateescape") for stop in sampling.stop]

@@ -1,9 +1,11 @@
-"""What a run records and shows: metrics.jsonl, TensorBoard, the progress line, router health and throughput.
+"""What a run records and shows: metrics.jsonl, boards, log.txt, the progress line, router health and throughput.
 
 metrics.jsonl has one JSON object per line, in the order in which things happened:
 
     training row     kind "train", step, loss (cross entropy plus weighted router losses), and what else the trainer gives
-    evaluation row   kind "eval", step, split, loss (nats per target token), bits_per_byte, perplexity, ...
+    evaluation row   kind "eval", step, split, loss (nats per target token), bits_per_byte, perplexity, ...; of a classifier accuracy,
+                     examples and classes: name -> examples, correct, predicted
+    fault row        kind "fault", step, cause, action, text, bundle: what was wrong with a step (moe_train.faults)
 
 Names in a training row beside `loss`, each there where it applies:
 
@@ -11,6 +13,10 @@ Names in a training row beside `loss`, each there where it applies:
     lr, grad_norm            learning rate; global gradient norm before clipping
     tokens_per_second        over all ranks, since the row before, without pauses for validation and checkpoints
     step_seconds             mean duration of these steps
+    slowest_rank             the rank that works longest, without what it waits for others (several ranks on CPU)
+    slowest_seconds          its work in a step
+    others_seconds           the median of the others' work
+    skipped                  1 where the step changed no weight
     mfu, mfu_full            share of the matmul rate that was used, attention counted causally and in full (moe_train.flops)
     load_max_mean            load of the fullest expert / mean load: 1 is even, E / top_k is collapse; the worst layer
     entropy_min              mean entropy of the router's scores per token, nats; the lowest layer
@@ -45,11 +51,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from moe_train.config.faults import MonitorSection
 from moe_train.files import write_atomically
 from moe_train.flops import Flops
+from moe_train.monitor import open_boards
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
+LOG_FILE = "log.txt"
 
 Row = dict[str, Any]
 
@@ -157,14 +165,19 @@ class RunLog:
     save. `start_step` 0 begins a new file.
     """
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int = 0, live: bool | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        start_step: int = 0,
+        live: bool | None = None,
+        monitor: MonitorSection = MonitorSection(),  # noqa: B008 it is frozen
+    ) -> None:
         """`live`: a progress line that is redrawn in place, or plain lines; by default whatever suits stdout."""
-        from torch.utils.tensorboard import SummaryWriter  # imported here because reading metrics does not need it
-
         folder.mkdir(parents=True, exist_ok=True)
         self.rows = _Rows(folder / METRICS_FILE, start_step)
-        # Events of the steps to be repeated are hidden by TensorBoard, which cannot delete them.
-        self.board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1 if start_step else 0)
+        self.boards = open_boards(monitor, folder, start_step)
+        self.text = (folder / LOG_FILE).open("a", encoding="utf-8")
         self.screen = _Screen(total_steps, live)
         if self.rows.dropped:
             self.say(f"{METRICS_FILE}: dropped {self.rows.dropped} line(s) that are torn or later than step {start_step}")
@@ -179,16 +192,24 @@ class RunLog:
         """Record and show what step `step` gave; `row` has `loss`."""
         row = _plain(row)
         self.rows.append({"kind": "train", "step": step, **row})
-        self._to_board("train", step, row)
+        self._to_boards("train", step, row)
         self.screen.train(step, row)
+        self._write(self.screen.line(step, row))
 
     def evaluation(self, step: int, split: str, row: Row) -> None:
         """Record and show an evaluation after step `step`. One that is there already, from before a restart, is replaced."""
         row = _plain(row)
         self.rows.replace_evaluation(step, split)
         self.rows.append({"kind": "eval", "step": step, "split": split, **row})
-        self._to_board(split, step, row)
+        self._to_boards(split, step, row)
         self.say("  ".join([f"step {step}", split, *_describe(row, _EVALUATION)]))
+
+    def fault(self, step: int, row: Row) -> None:
+        """Record and show what was wrong with step `step`; `row` has cause, action, text and bundle."""
+        self.rows.append({"kind": "fault", "step": step, **row})
+        used = {"warn": "", "again": "; the step is computed again"}.get(row["action"], "; the step is skipped")
+        kept = f"; kept in {row['bundle']}" if row.get("bundle") else ""
+        self.say(f"warning: step {step}: {row['text']}{used}{kept}")
 
     def tick(self, step: int) -> None:
         """Move the live line on after a step that has no row."""
@@ -197,21 +218,31 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a message, above the live line where there is one."""
         self.screen.say(text)
+        self._write(text)
 
     def sync(self) -> None:
         """Make the rows durable; call it before a checkpoint that presumes them is saved."""
         self.rows.sync()
-        self.board.flush()
+        for board in self.boards:
+            board.flush()
 
     def close(self) -> None:
         """Stop the live line and close the files."""
         self.screen.close()
         self.rows.close()
-        self.board.close()
+        self.text.close()
+        for board in self.boards:
+            board.close()
 
-    def _to_board(self, prefix: str, step: int, row: Row) -> None:
-        for tag, value in _scalars(prefix, row):
-            self.board.add_scalar(tag, value, step)
+    def _to_boards(self, prefix: str, step: int, row: Row) -> None:
+        scalars = list(_scalars(prefix, row))
+        for board in self.boards:
+            board.add(scalars, step)
+
+    def _write(self, text: str) -> None:
+        """A line of log.txt, which is kept over restarts."""
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {_escaped(text)}\n")
+        self.text.flush()
 
 
 def _scalars(prefix: str, row: Row) -> Iterator[tuple[str, float]]:
@@ -327,6 +358,7 @@ _EVALUATION: Shown = {
     "loss": lambda x: f"loss {x:.4f} nats",
     "bits_per_byte": lambda x: f"{x:.4f} bits per byte",
     "perplexity": lambda x: f"perplexity {x:.4g}",
+    "accuracy": lambda x: f"accuracy {x:.2%}",
 }
 
 
@@ -375,8 +407,12 @@ class _Screen:
         self.tick(step)
         self.row = row
         if self.live is None:
-            count = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
-            self.say("  ".join([count, *_describe(row, _PROGRESS | _HEALTH), *self._eta()]))
+            self.say(self.line(step, row))
+
+    def line(self, step: int, row: Row) -> str:
+        """A training row as a plain line."""
+        count = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
+        return "  ".join([count, *_describe(row, _PROGRESS | _HEALTH), *self._eta()])
 
     def say(self, text: str) -> None:
         """Print a message."""
@@ -405,8 +441,13 @@ class _Screen:
         return Group(top, *(Text("  ".join(_describe(self.row, shown))) for shown in (_PROGRESS, _HEALTH)))
 
 
+def _escaped(text: str) -> str:
+    """Without control characters, of which sampled text may hold any."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _printable(text: str) -> str:
-    """Escape control characters (sampled text may hold any) and what stdout's encoding cannot say."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """Escape control characters and what stdout's encoding cannot say."""
+    text = _escaped(text)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

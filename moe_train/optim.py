@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,33 +14,39 @@ from torch.distributed.tensor import DTensor
 from moe_train.config import OptimSection
 from moe_train.model.layers import Embedding
 
-NO_COPIES: Mapping[nn.Parameter, int] = MappingProxyType({})
+NO_COPIES: Mapping[nn.Parameter, float] = MappingProxyType({})
 
 
-def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices are decayed; norms, biases and embeddings are not."""
+def parameter_groups(model: nn.Module, config: OptimSection) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay. Matrices are decayed; norms, biases and embeddings are not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, Embedding)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
     kept = {id(p) for p in decayed}
-    groups = [
+    return [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
+    """Fused AdamW over `parameter_groups`."""
+    groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimSection, step: int, steps: int) -> float:
     """Learning rate of optimizer step `step` (from 1) of `steps`: linear from 0, then a cosine to `min_lr` at the last step."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    warmup = config.warmup(steps)
+    if step <= warmup:
+        return config.lr * step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], limit: float | None, copies: Mapping[nn.Parameter, int] = NO_COPIES, stages: int = 1
+    parameters: Iterable[nn.Parameter], limit: float | None, copies: Mapping[nn.Parameter, float] = NO_COPIES, stages: int = 1
 ) -> Tensor:
     """Scale all gradients so that their joint L2 norm over all ranks is at most `limit` (None = leave them); the norm before, fp64 [].
 
@@ -65,6 +72,7 @@ def clip_gradients(
     norm = total.sqrt()
     if limit is not None:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        scale = torch.where(norm.isfinite(), scale, 1.0)  # else no gradient would tell any more where the fault began
         for gradients in by_share.values():
             torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
     return norm

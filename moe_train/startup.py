@@ -9,7 +9,9 @@ class Startup:
     """Seconds by phase since this process began, or the torchrun that started it. Create it when everything is imported."""
 
     def __init__(self) -> None:
-        launched = _age(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        # The torchrun of a worker that was started again is as old as the run.
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        launched = _age(os.getppid()) if first else 0.0
         self.marks = [("torchrun", max(launched - _age(os.getpid()), 0.0)), ("imports", _age(os.getpid()))]
         self.last = time.perf_counter()
 

@@ -1,5 +1,9 @@
-"""Ending a run early: SIGTERM or SIGINT asks it to finish the step, save and exit; a second signal ends it at once."""
+"""Signals: SIGTERM or SIGINT asks a run to finish the step, save and exit, and a SIGINT after that ends it at once; SIGUSR1 saves.
 
+SIGTERM may come twice for one request: SLURM sends it to every process of a step, and torchrun, which is one of them, hands it on.
+"""
+
+import enum
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -9,33 +13,50 @@ import torch.distributed as dist
 
 from moe_train.parallel.mesh import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAVE_SIGNAL = signal.SIGUSR1
+
+
+class Request(enum.IntEnum):
+    """What a run is asked to do after a step; the largest wins."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
 
 
 class StopRequest:
-    """Context manager that remembers the first signal instead of dying of it."""
+    """Context manager that remembers signals instead of dying of them, but for a SIGINT after one that asks to stop."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.name: str | None = None
+        self.name: str | None = None  # of the signal that asks this rank to end
+        self.save = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        self._before_save = signal.signal(SAVE_SIGNAL, self._remember_save)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        signal.signal(SAVE_SIGNAL, self._before_save)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on all of them, for signals do not arrive at one time."""
-        asked = torch.tensor(self.name is not None, dtype=torch.int32, device=self.world.device)
+    def agreed(self) -> Request:
+        """What any rank was asked: the same answer on all of them, for signals do not arrive at one time. Saving is asked for once."""
+        save, self.save = self.save, False
+        request = Request.STOP if self.name is not None else Request.SAVE if save else Request.NOTHING
+        asked = torch.tensor(request, dtype=torch.int32, device=self.world.device)
         if self.world.size > 1:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+        return Request(int(asked))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self._restore()
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+
+    def _remember_save(self, number: int, frame: FrameType | None) -> None:
+        self.save = True
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -9,8 +9,11 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,36 +24,48 @@ from moe_train.checkpoint.manifest import read_manifest
 from moe_train.checkpoint.rng import RNG_FILE, restore_rng, rng_state
 from moe_train.checkpoint.saver import Saver
 from moe_train.cli import dump, load_run
-from moe_train.config import Config
+from moe_train.config import Config, DataSection
 from moe_train.data.corpus import build_default_corpus
-from moe_train.data.loader import EvalRows, Loader
+from moe_train.data.loader import EvalRows, Loader, StepBatch
 from moe_train.data.tokenizer import Tokenizer, load_tokenizer
-from moe_train.engine.native import NativeEngine
+from moe_train.engine.base import StepResult
+from moe_train.engine.choose import make_engine
 from moe_train.errors import UserError
 from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, byte_lengths, report
+from moe_train.faults.guard import Guard
+from moe_train.faults.stragglers import Stragglers
+from moe_train.faults.watchdog import Watchdog
+from moe_train.feed import Feed, Rows
 from moe_train.files import cannot_write, write_atomically
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.generate import Prompt, Sampling, cache_conflicts, generate, with_cache, without_cache
+from moe_train.jobs import note_job
 from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
 from moe_train.parallel.mesh import World, data_place, start_world
 from moe_train.parallel.watch import RankFailure, Watch
 from moe_train.startup import Startup
-from moe_train.stop import StopRequest
+from moe_train.stop import Request, StopRequest
+from moe_train.transfer import take_weights
 
 DEFAULT_CORPUS = Path("data/stdlib")
 VOCAB_MULTIPLE = 64
 
 log = logging.getLogger(__name__)
 
+Task = Callable[[Config, World, Tokenizer], tuple[Config, Feed]]  # fills in what depends on the data, and opens it
 
-def train(config: Config, name: str = "run") -> Path:
-    """Train `config` to its last step and return the run folder. `name` is used where the config names no folder."""
+
+def train(config: Config, name: str = "run", task: Task | None = None) -> Path:
+    """Train `config` on the data of `task` (default: pretraining on corpora) to its last step and return the run folder.
+
+    `name` is used where the config names no folder.
+    """
     startup = Startup()
     world = start_world(config)
     startup.mark("process group")
     config, tokenizer = settle_vocabulary(config)
-    config = settle(config, world, name)
+    config, feed = (task or pretraining)(settle(config, name), world, tokenizer)
     if world.main:
         for leak in config.model.leaks():
             log.warning("not a causal model: %s", leak)
@@ -58,7 +73,7 @@ def train(config: Config, name: str = "run") -> Path:
     folder = Path(str(config.run.dir))
     try:
         check_model(folder / CONFIG_FILE, config)
-        trainer = Trainer(config, world, tokenizer, folder)
+        trainer = Trainer(config, world, tokenizer, folder, feed)
         startup.mark("model")
         trainer.resume()
         startup.mark("checkpoint")
@@ -74,24 +89,44 @@ def train(config: Config, name: str = "run") -> Path:
     return folder
 
 
-def settle(config: Config, world: World, name: str) -> Config:
-    """Fill in what depends on the machine: run folder and default corpus. The same on every rank."""
+def settle(config: Config, name: str) -> Config:
+    """Fill in the run folder, the same on every rank."""
+    if config.run.dir is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        rule = "torchrun --max-restarts starts workers again, which have to find the run"
+        raise UserError(f"run.dir=None: {rule}; name a folder, run.dir=runs/{name}")
     folder = [config.run.dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(folder)
-    data = config.data
-    if None in (data.train, data.valid, data.test):
-        if world.main:
-            build_default_corpus(DEFAULT_CORPUS, config.data.tokenizer)
-        dist.barrier()
-        prefixes = build_default_corpus(DEFAULT_CORPUS, config.data.tokenizer)
-        splits = {split: getattr(data, split) or str(prefixes[split]) for split in ("train", "valid", "test")}
-        data = data.model_copy(update=splits)
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"dir": folder[0]}),
-            "data": data,
-        }
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder[0]})})
+
+
+def pretraining(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Config, Feed]:
+    """Corpora, the default one where none is named, judged by the loss of every token."""
+    if config.sft.train is not None:
+        raise UserError(
+            f"sft.train={config.sft.train}: only launch/sft.py trains on examples; leave it out, or use that command"
+        )
+    config = config.model_copy(update={"data": settle_corpus(config, world)})
+    lengths = byte_lengths(tokenizer)
+    feed = Feed(
+        data_loader(config, world, tokenizer),
+        eval_rows(config, world, tokenizer, "valid", config.eval.max_rows),
+        {split: eval_rows(config, world, tokenizer, split) for split in ("valid", "test")},
+        lambda engine, rows: report(engine.evaluate(rows, lengths)),
     )
+    return config, feed
+
+
+def settle_corpus(config: Config, world: World) -> DataSection:
+    """The data section with the default corpus where it names none. The same on every rank."""
+    data = config.data
+    if None not in (data.train, data.valid, data.test):
+        return data
+    if world.main:
+        build_default_corpus(DEFAULT_CORPUS, data.tokenizer)
+    dist.barrier()
+    prefixes = build_default_corpus(DEFAULT_CORPUS, data.tokenizer)
+    splits = {split: getattr(data, split) or str(prefixes[split]) for split in ("train", "valid", "test")}
+    return data.model_copy(update=splits)
 
 
 def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
@@ -138,7 +173,7 @@ def eval_rows(config: Config, world: World, tokenizer: Tokenizer, split: str, ma
         max_rows=max_rows,
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
-        contiguous=config.data.order == "contiguous",
+        streams=config.train.global_batch_size if config.train.memory else None,
     )
 
 
@@ -185,14 +220,12 @@ def _keep_traceback(path: Path) -> None:
 class Trainer:
     """One run in progress."""
 
-    def __init__(self, config: Config, world: World, tokenizer: Tokenizer, folder: Path) -> None:
+    def __init__(self, config: Config, world: World, tokenizer: Tokenizer, folder: Path, feed: Feed) -> None:
         self.config, self.world, self.tokenizer, self.folder = config, world, tokenizer, folder
-        self.engine = NativeEngine(config, world)
-        self.logical_state = self.engine.logical_state()
-        self.lengths = byte_lengths(tokenizer)
-        self.loader = data_loader(config, world, tokenizer)
-        self.validation = eval_rows(config, world, tokenizer, "valid", config.eval.max_rows)
-        self.whole_splits = {split: eval_rows(config, world, tokenizer, split) for split in ("valid", "test")}
+        self.engine = make_engine(config, world)
+        self.feed, self.loader = feed, feed.batches
+        self.guard = Guard(config, world, folder, self.engine, self._own_files, self._fault)
+        self.stragglers = Stragglers(world, config.faults.straggler_factor)
         self.start = 0
         self.resumed = ""  # from where, for people
         self.log: RunLog | None = None
@@ -204,20 +237,25 @@ class Trainer:
             self._start_from(self.config.checkpoint.init_from)
             return
         path, steps = found[-1], self.config.train.steps
-        self.start = read_manifest(path)["step"]
+        state = read_manifest(path)
+        self.start = state["step"]
         check_model(path / CONFIG_FILE, self.config)
         if self.start > steps:
             raise UserError(f"train.steps={steps}: {path} is beyond that; raise train.steps, or choose another run.dir")
-        tensors = self.engine.state_dict()
-        state = dcp.load(path, tensors)
         if state.get("tokenizer") != self.tokenizer.fingerprint:
             raise UserError(
                 f"data.tokenizer={self.config.data.tokenizer}: not the one that {path} was trained with; give that one"
             )
         self.loader.load_state_dict(state.get("loader"))
+        tensors = self.engine.state_dict() | dcp.room(state, "memory", self.engine.keeps)
+        dcp.load(path, tensors)
         self.engine.load_state_dict(tensors)
         self.engine.steps_done = self.start
+        if "faults" in state:
+            self.guard.load_state_dict(state["faults"])
         anew = "" if restore_rng(path, self.world.device) else "; torch's generators start anew on other ranks or devices"
+        if self.config.train.memory and "memory" not in tensors:
+            anew += f"; train.memory={self.config.train.memory} starts with none, which the checkpoint does not hold"
         self.resumed = f"resumed at step {self.start} from {path}{anew}"
 
     def _start_from(self, source: str | None) -> None:
@@ -225,16 +263,15 @@ class Trainer:
         if source is None:
             return
         path = dcp.find(Path(source))
-        tensors = {"model": self.engine.model.state_dict()}
-        state = dcp.load(path, tensors)
+        state, but = take_weights(self.engine.model, path)
         if state.get("tokenizer") != self.tokenizer.fingerprint:
             rule = f"not the one of {path}, whose ids mean something else"
             remedy = f"give {path / TOKENIZER_FILE}"
             raise UserError(f"data.tokenizer={self.config.data.tokenizer}: {rule}; {remedy}")
-        self.engine.model.load_state_dict(tensors["model"])
         self.resumed = f"starts from the weights of {path}"
         if differ := model_differences(path / CONFIG_FILE, self.config):
             self.resumed += f", whose model differs in what is no weight: {'; '.join(differ)}"
+        self.resumed += but
 
     def run(self, startup: Startup) -> None:
         """Train from where the run stands to its last step; then test, sample and draw."""
@@ -243,43 +280,56 @@ class Trainer:
         throughput = Throughput(count_flops(config.model, config.train.seq_len), rate.flops * self.world.size)
         with contextlib.ExitStack() as stack:
             if self.world.main:
-                self.log = stack.enter_context(RunLog(self.folder, steps, self.start))
+                self.log = stack.enter_context(RunLog(self.folder, steps, self.start, monitor=config.monitor))
             self._say(
                 f"run {self.folder}: {self.world.reason}; MFU against {rate.source}, {rate.flops / 1e12:.3g} TFLOP/s a rank"
             )
             if self.resumed:
                 self._say(self.resumed)
+            if self.world.main and (job := note_job(self.folder, self.start)):
+                self._say(job)
             startup.mark("log")
             self._say(startup.describe())
             stop = stack.enter_context(StopRequest(self.world))
             saver = stack.enter_context(self._saver())
             watch = stack.enter_context(Watch(self.world, config.parallel.timeout_seconds))
+            hang = config.faults.hang_seconds or config.parallel.timeout_seconds / 2
+            watchdog = stack.enter_context(Watchdog(self.folder, self.world, watch, hang))
+            stack.callback(self.stragglers.close)
             for step in range(self.start + 1, steps + 1):
                 watch.step = step
                 self._step(step, throughput)
-                stopping = stop.agreed()
+                asked = stop.agreed()
+                stopping = asked is Request.STOP
+                watchdog.alive()
                 with throughput.pause():
-                    if config.eval.every and step % config.eval.every == 0 and step < steps:
-                        self._evaluate(step, "valid", self.validation)
+                    if config.eval.every and step % config.eval.every == 0 and step < steps and self.feed.validation is not None:
+                        self._evaluate(step, "valid", self.feed.validation)
                     last = stopping or step == steps
-                    if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    due = config.checkpoint.every and step % config.checkpoint.every == 0 and not self.guard.skipped
+                    if last or due or asked is Request.SAVE:
                         self._save(saver, step, last)
                     elif saver.done:
                         self._settle(saver)
+                    if asked is Request.SAVE and not last:
+                        self._say(f"saving step {step}, as a signal asks")
+                watchdog.alive()
                 if stopping and step < steps:
                     self._say(f"stopped by {stop.name or 'a signal to another rank'} at step {step}; the same command goes on")
                     return
             self._finish(steps, throughput)
 
     def _step(self, step: int, throughput: Throughput) -> None:
-        batch = self.loader.next_step()
-        result = self.engine.forward_backward(batch)
-        norm = self.engine.step()
+        with self.stragglers:
+            batch = self.loader.next_step()
+            result, norm = self._compute(step, batch)
         throughput.step(batch.token_count)
+        train = self.config.train
+        logged = step % train.log_every == 0 or step in (1, train.steps)
+        ranks = self.stragglers.row() if logged else {}
         if self.log is None:
             return
-        train = self.config.train
-        if step % train.log_every and step not in (1, train.steps):
+        if not logged:
             self.log.tick(step)
             return
         row = {
@@ -288,10 +338,22 @@ class Trainer:
             "grad_norm": norm,
             "lr": learning_rate(self.config.optim, step, train.steps),
         }
-        self.log.train(step, row | throughput.row() | router_health(result.stats, batch.token_count))
+        row |= {"skipped": 1} if self.guard.skipped else {}
+        self.log.train(step, row | throughput.row() | ranks | router_health(result.stats, batch.token_count))
+        if complaint := self.stragglers.complaint(ranks):
+            self._say(complaint)
 
-    def _evaluate(self, step: int, split: str, rows: EvalRows) -> None:
-        figures = report(self.engine.evaluate(rows, self.lengths))
+    def _compute(self, step: int, batch: StepBatch) -> tuple[StepResult, float]:
+        """Gradients and, where they are accepted, the update; a second time, where the first may have been a device's fault."""
+        while True:
+            result = self.engine.forward_backward(batch)
+            norm = self.engine.step(partial(self.guard.accepts, step, batch, result))
+            if not self.guard.again:
+                return result, norm
+            self.engine.steps_done = step - 1
+
+    def _evaluate(self, step: int, split: str, rows: Rows) -> None:
+        figures = self.feed.judge(self.engine, rows)
         if self.log is not None:
             self.log.evaluation(step, split, figures)
 
@@ -312,15 +374,14 @@ class Trainer:
         self._settle(saver)
         if self.log is not None:
             self.log.sync()  # a checkpoint presumes the rows up to its step
-        files = {RNG_FILE: rng_state(self.world.device)}
-        if self.world.main:
-            files |= {name: (self.folder / name).read_bytes() for name in (CONFIG_FILE, TOKENIZER_FILE)}
+        files = {RNG_FILE: rng_state(self.world.device)} | (self._own_files() if self.world.main else {})
         state = {
             "loader": self.loader.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.tokenizer.fingerprint,
+            "faults": self.guard.state_dict(),
         }
-        saver.start(step, self.engine.state_dict(), state, files, self.logical_state)
+        saver.start(step, self.engine.state_dict(), state, files, self.engine.logical_state())
         if last and (refused := saver.wait()) is not None:
             raise refused
 
@@ -330,7 +391,7 @@ class Trainer:
             self._say(f"warning: {refused}; training goes on, and the next checkpoint is tried as usual")
 
     def _finish(self, step: int, throughput: Throughput) -> None:
-        for split, rows in self.whole_splits.items():
+        for split, rows in self.feed.splits.items():
             self._evaluate(step, split, rows)
         sample = self.config.sample
         if sample.max_tokens:
@@ -354,6 +415,14 @@ class Trainer:
             )
         self._say(f"done: {self.folder}")
         dist.barrier()
+
+    def _own_files(self) -> dict[str, bytes]:
+        """What a checkpoint has of the run folder."""
+        return {name: (self.folder / name).read_bytes() for name in (CONFIG_FILE, TOKENIZER_FILE)}
+
+    def _fault(self, step: int, row: dict[str, object]) -> None:
+        if self.log is not None:
+            self.log.fault(step, row)
 
     def _say(self, text: str) -> None:
         if self.log is not None:

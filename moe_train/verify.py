@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from moe_train.cli import merge, parse, read_override
 from moe_train.config import Config
 from moe_train.data.corpus import build_default_corpus
-from moe_train.engine.native import NativeEngine
+from moe_train.engine.choose import make_engine
 from moe_train.errors import UserError
 from moe_train.parallel.mesh import start_world
 from moe_train.ranks import run_ranks
@@ -34,6 +34,7 @@ LIMITS = {  # of relative differences; of `tokens` per expert the limit is of th
     "fp32": {"loss": 2e-6, "gradients": 1e-5, "weights": 1e-5, "tokens": 0.5},
     "fp64": {"loss": 1e-10, "gradients": 1e-10, "weights": 1e-10, "tokens": 0.5},
 }
+NATIVE = {"engine": {"name": "native", "zero_stage": 2, "offload": "none", "deepspeed_json": None}}
 ONE_PROCESS = {
     "dp_replicate": 1,
     "dp_shard": "auto",
@@ -136,15 +137,14 @@ def observe(config: Config) -> Iterator[tuple[str, Tensor]]:
     """
     world = start_world(config)
     config, tokenizer = settle_vocabulary(config)
-    engine, loader = NativeEngine(config, world), data_loader(config, world, tokenizer)
+    engine, loader = make_engine(config, world), data_loader(config, world, tokenizer)
     for step in range(1, min(STEPS, config.train.steps) + 1):
         result = engine.forward_backward(loader.next_step())
         yield f"loss/{step}/training", torch.tensor(result.loss)
         yield f"loss/{step}/cross entropy", torch.tensor(result.cross_entropy)
         for layer, stats in result.stats.items():
             yield f"tokens/{step}/layer {layer}", stats["tokens_per_expert"]
-        for name, parameter in engine.model.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, gradient in engine.gradients():
             yield f"gradients/{step}/{name}", whole(gradient)
         yield f"loss/{step}/gradient norm", torch.tensor(engine.step())
     for name, value in engine.model.state_dict().items():
@@ -231,7 +231,8 @@ def judge(found: Found, dtype: str) -> Verdict:
 def verify(config: Config, trials: Iterable[Trial], folder: Path) -> Iterator[tuple[Trial, Verdict]]:
     """Each trial of a prepared `config` beside one process, on ranks of this machine; `folder` is for what that process computes."""
     reference, patience = folder / "one-process.pt", float(config.parallel.timeout_seconds)
-    run_ranks(1, record, lay_out(config, "").config, reference, timeout=None, patience=patience)
+    alone = parse(merge(config.model_dump(mode="json"), {"parallel": ONE_PROCESS, **NATIVE}), "one process")
+    run_ranks(1, record, alone, reference, timeout=None, patience=patience)
     for trial in trials:
         found = run_ranks(trial.ranks, compare, trial.config, reference, timeout=None, patience=patience)
         yield trial, judge(combine(found, reference), config.train.dtype)

@@ -1,4 +1,5 @@
-"""Choose which implementation of the ops runs: `reference` (loops, the truth), `torch` (any device) or `triton` (CUDA).
+"""Choose which implementation of the ops runs: `reference` (loops, the truth), `torch` (any device), `triton` (CUDA) or `megablocks`,
+which is triton with MegaBlocks' grouped GEMM in the place of its own.
 
 A backend is a value: a tuple of functions with the same signatures, so that a model, a test or a benchmark swaps it by passing another.
 """
@@ -11,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 
+from moe_kernels import megablocks
 from moe_kernels.errors import KernelError
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "torch", "triton")
-_MODULES = {"reference": "reference", "torch": "with_torch", "triton": "with_triton"}
+BACKENDS = ("reference", "torch", "triton", "megablocks")
+_MODULES = {"reference": "reference", "torch": "with_torch", "triton": "with_triton", "megablocks": "with_triton"}
+_OF_MEGABLOCKS = {"grouped_mm": "with_megablocks", "moe_mlp": "with_megablocks"}
 _OPS = {  # op -> the folder that holds its implementations
     "sort_by_expert": "permutation",
     "permute": "permutation",
@@ -63,8 +66,8 @@ def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backe
         raise KernelError(f"kernels.backend={name!r} is unknown: choose one of auto, {', '.join(BACKENDS)}")
     else:
         reason = "asked for by name"
-        if name == "triton" and (why := _why_no_triton(device)):
-            raise KernelError(f"kernels.backend='triton' cannot run on {device}: {why}. Use kernels.backend=auto or torch")
+        if name in _NEEDS and (why := _NEEDS[name](device)):
+            raise KernelError(f"kernels.backend={name!r} cannot run on {device}: {why}. Use kernels.backend=auto or torch")
     return _load(name, str(device.type), reason)
 
 
@@ -89,8 +92,19 @@ def _why_no_triton(device: torch.device) -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
+def _why_no_megablocks(device: torch.device) -> str | None:
+    return _why_no_triton(device) or megablocks.why_unavailable(device)
+
+
+_NEEDS = {"triton": _why_no_triton, "megablocks": _why_no_megablocks}
+
+
 @cache
 def _load(name: str, device: str, reason: str) -> Backend:
     log.info("kernels: backend %s on %s (%s)", name, device, reason)
-    ops = {op: getattr(importlib.import_module(f"moe_kernels.{folder}.{_MODULES[name]}"), op) for op, folder in _OPS.items()}
+    if name == "megablocks":
+        log.info("kernels: grouped products by grouped_gemm; %s", megablocks.why_no_block_sparse())
+    own = _OF_MEGABLOCKS if name == "megablocks" else {}
+    files = {op: f"moe_kernels.{folder}.{own.get(op, _MODULES[name])}" for op, folder in _OPS.items()}
+    ops = {op: getattr(importlib.import_module(file), op) for op, file in files.items()}
     return Backend(name=name, **ops)

@@ -8,10 +8,13 @@ name is complete; `load` notices every byte that changed later, and every tensor
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -19,8 +22,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from moe_train.checkpoint.manifest import (
+    DTYPES,
     MANIFEST_FILE,
     PREFIX,
     Entry,
@@ -33,12 +38,13 @@ from moe_train.checkpoint.manifest import (
     entry_of,
     file_entry,
     hash_record,
+    in_threads,
     read_manifest,
     seal,
 )
 from moe_train.checkpoint.reader import INDEX_FILE, CheckpointReader, TensorPlanner, entries_of
 from moe_train.errors import UserError
-from moe_train.files import cannot_write, fsync_folder, write_atomically
+from moe_train.files import cannot_write, fsync_file, fsync_folder, write_atomically
 
 TEMPORARY = ".tmp-"
 
@@ -143,21 +149,37 @@ def _box(chunk: Any) -> tuple[list[int], list[int]]:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes this rank's shards and notes the digests of their records."""
+    """Writes this rank's shards and notes the digests of their records, which are computed while the disk takes them."""
 
     digests: Digests = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
+        """Raises OSError where the disk refuses."""
+        self.sync_files = False
         try:
-            done = super().write_data(plan, planner)
+            with _without_crc32():
+                done = super().write_data(plan, planner)
         except RuntimeError as error:
             raise _refusal(error) or error from None
+        self.sync_files = True  # for `.metadata`, which is still to come
         places = [result.storage_data for result in done.value()]
-        self.digests = {
-            (place.relative_path, place.offset): hash_record(Path(self.path, place.relative_path), place.offset, place.length)
-            for place in places
-        }
+        with ThreadPoolExecutor(1) as pool:
+            synced = pool.map(fsync_file, sorted({Path(self.path, place.relative_path) for place in places}))
+            found = in_threads(lambda p: hash_record(Path(self.path, p.relative_path), p.offset, p.length), places)
+            self.digests = {(p.relative_path, p.offset): sha256 for p, sha256 in zip(places, found, strict=True)}
+            list(synced)
         return done
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Archives without a second checksum of every byte, beside the SHA-256 of the manifest."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
@@ -210,16 +232,18 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def load(path: Path, tensors: dict[str, Any]) -> Manifest:
+def load(path: Path, tensors: dict[str, Any], unread: Collection[str] = ()) -> Manifest:
     """Fill `tensors` in place from the checkpoint at `path` and return its manifest, on all ranks.
 
-    Raises UserError where a byte of it has changed, a tensor is not whole, or the sections asked for are not the model's.
+    `unread`: names of tensors of the checkpoint that nothing needs to ask for. Raises UserError where a byte of it has changed, a
+    tensor is not whole, or the sections asked for are not the model's.
     """
     manifest = read_manifest(path)
     _check_records(path, manifest["tensors"])
     reader = CheckpointReader(path, manifest["tensors"])
+    wanted = {name: entry for name, entry in manifest["tensors"].items() if name not in unread}
     try:
-        dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(manifest["tensors"]))
+        dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(wanted))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
@@ -227,6 +251,20 @@ def load(path: Path, tensors: dict[str, Any]) -> Manifest:
             f"{path}: cannot be loaded into this model: {_reason(error)}; use another checkpoint, or the model that it is of"
         ) from error
     return manifest
+
+
+def room(manifest: Manifest, section: str, wanted: Callable[[str], bool]) -> dict[str, dict[str, Tensor]]:
+    """`section` with empty tensors, as stored, for those whose names in it are wanted: what `load` fills. Nothing where there are none.
+
+    For state whose names and shapes depend on what was saved.
+    """
+    there = [(name.partition("."), entry) for name, entry in manifest["tensors"].items()]
+    found = {
+        name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        for (head, _, name), entry in there
+        if head == section and wanted(name)
+    }
+    return {section: found} if found else {}
 
 
 def _reason(error: BaseException) -> str:

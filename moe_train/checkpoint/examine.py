@@ -11,7 +11,7 @@ from moe_train.checkpoint.manifest import MANIFEST_FILE, damaged, damaged_chunks
 from moe_train.checkpoint.reader import INDEX_FILE, read_index
 from moe_train.errors import UserError
 
-SECTIONS = ("model", "optimizer")
+SECTIONS = ("model", "optimizer", "memory")
 PIECE = 1 << 22  # numbers that are compared at a time
 
 

@@ -14,9 +14,11 @@ loading the ranks share the chunks out. Records follow each other without gaps, 
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +29,10 @@ MANIFEST_FILE = "manifest.json"
 SHARDS = "*.distcp"
 PREFIX = "step-"
 BLOCK = 1 << 20  # bytes that are hashed at a time
+THREADS = min(4, os.cpu_count() or 1)  # that hash and read at once
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Manifest = dict[str, Any]
 Box = tuple[tuple[int, int], ...]  # start and end along each dimension
 DTYPES = {str(dtype)[6:]: dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -80,6 +85,12 @@ def hash_record(path: Path, start: int, length: int) -> str:
             found.update(block)
             length -= len(block)
     return found.hexdigest()
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `work` gives for each item, in their order. Reading and hashing hold no lock of Python's, so that threads share them out."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(work, items)
 
 
 def sha256_of(record: bytes) -> str:
@@ -136,12 +147,17 @@ def damaged_files(path: Path, manifest: Manifest) -> Iterator[str]:
 
 def damaged_chunks(path: Path, chunks: Iterable[tuple[str, Chunk]]) -> Iterator[str]:
     """Of chunks (tensor, chunk) of checkpoint `path`, what is wrong with those whose records have changed."""
-    for name, chunk in chunks:
-        try:
-            if hash_record(path / chunk.file, chunk.start, chunk.bytes) != chunk.sha256:
-                yield f"{name}, {chunk}, in {chunk.file} does not have the SHA-256 that it was saved with"
-        except OSError as error:
-            yield f"{name}, {chunk}, in {chunk.file} cannot be read: {error}"
+    yield from filter(None, in_threads(lambda item: _damage(path, *item), chunks))
+
+
+def _damage(path: Path, name: str, chunk: Chunk) -> str | None:
+    """What is wrong with a chunk."""
+    try:
+        if hash_record(path / chunk.file, chunk.start, chunk.bytes) != chunk.sha256:
+            return f"{name}, {chunk}, in {chunk.file} does not have the SHA-256 that it was saved with"
+    except OSError as error:
+        return f"{name}, {chunk}, in {chunk.file} cannot be read: {error}"
+    return None
 
 
 def _lost(tensors: Mapping[str, Entry], file: str) -> str:

@@ -9,11 +9,12 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.parallel import ParallelSection
 from moe_train.config.router import RouterConfig
 from moe_train.config.run import Config, build_schema
-from moe_train.config.sections import OptimSection
+from moe_train.config.sections import DataSection, OptimSection
 
 __all__ = [
     "Config",
     "Conflict",
+    "DataSection",
     "ModelConfig",
     "OptimSection",
     "ParallelSection",

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_train.config.base import Conflict
+from moe_train.errors import UserError
 
 if TYPE_CHECKING:
     from moe_train.config.run import Config
+
+
+def check_layout(config: Config, size: int) -> None:
+    """Raise UserError with every reason why `config` cannot run on `size` ranks."""
+    if problems := config.layout_conflicts(size):
+        raise UserError("\n".join([f"layout on {size} ranks: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
 
 
 def world_conflicts(config: Config, world_size: int) -> list[Conflict]:
@@ -65,6 +72,8 @@ def sharding_conflicts(config: Config) -> list[Conflict]:
         divided.append(("model.dense_ffn_hidden_size", model.dense_size, "parallel.tp", tp))
     if model.vocab_size:
         divided.append(("model.vocab_size", model.vocab_size, "parallel.tp", tp))
+    if model.num_classes:
+        divided.append(("model.num_classes", model.num_classes, "parallel.tp", tp))
     if cp > 1 and parallel.cp_method == "ulysses":
         divided += [("model.num_heads", model.num_heads, "parallel.tp * parallel.cp", tp * cp)]
         divided += [("model.num_kv_heads", model.kv_heads, "parallel.tp * parallel.cp", tp * cp)]

@@ -63,6 +63,9 @@ class ModelConfig(Section):
     """rows of the embedding; default the tokenizer's vocabulary, rounded up to a multiple of 64"""
     tie_embeddings: bool = False
     """the output projection is the embedding"""
+    num_classes: PositiveInt | None = None
+    """width of a classifier's head, which takes the place of the output projection (sft.task=classification sets it); null = a
+    language model"""
     qk_norm: bool | Literal["width"] = False
     """RMSNorm on queries and keys: true = each head by itself; width = all heads together (OLMoE)"""
     rope_theta: PositiveFloat = 10000.0
@@ -90,6 +93,11 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head has no weight of its own."""
+        return self.tie_embeddings and self.num_classes is None
 
     @property
     def dense_size(self) -> int:

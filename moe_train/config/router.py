@@ -19,6 +19,8 @@ class RouterConfig(Section):
     """Base of every router's keys. Defining a subclass with a literal `name` registers it."""
 
     registry: ClassVar[dict[str, type[RouterConfig]]] = {}
+    reads_labels: ClassVar[bool] = False  # True where a document's label decides
+    freezes: ClassVar[bool] = False  # True where the router freezes parameters in mid-run (`Router.frozen`)
 
     name: str
     """which router"""
@@ -56,6 +58,10 @@ class RouterConfig(Section):
     def active_experts(self, model: ModelConfig) -> int:
         """How many experts' work one token costs in a layer."""
         return self.top_k
+
+    def left_out(self) -> Sequence[str]:
+        """Parameters of such a router that these keys do without, when a run starts from the weights of one that has them."""
+        return ()
 
     def leaks(self) -> list[str]:
         """What these keys let a token see that a causal model must not, one line each; said when a run starts."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 
 from moe_train.config.base import Conflict, Section
+from moe_train.config.deepspeed import deepspeed_conflicts
+from moe_train.config.faults import FaultsSection, MonitorSection
+from moe_train.config.kernels import kernel_conflicts
 from moe_train.config.layout import sharding_conflicts, world_conflicts
+from moe_train.config.memory import training_conflicts
 from moe_train.config.model import ModelConfig
 from moe_train.config.parallel import ParallelSection
 from moe_train.config.sections import (
@@ -19,6 +23,7 @@ from moe_train.config.sections import (
     SampleSection,
     TrainSection,
 )
+from moe_train.config.sft import SftSection, sft_conflicts
 
 
 class Config(Section):
@@ -35,27 +40,25 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
+    faults: FaultsSection = FaultsSection()
+    monitor: MonitorSection = MonitorSection()
+    sft: SftSection = SftSection()
 
     def conflicts(self) -> list[Conflict]:
         """Every broken rule between keys that can be seen without knowing the number of ranks."""
         found = [*self.model.conflicts(), *self.data.conflicts(), *self.parallel.conflicts(), *sharding_conflicts(self)]
-        found += self.model.router.layout_conflicts(self.parallel)
+        found += self.faults.conflicts()
+        found += [*self.model.router.layout_conflicts(self.parallel), *self.optim.conflicts(), *sft_conflicts(self)]
+        found += [*training_conflicts(self), *deepspeed_conflicts(self)]
         if self.model.block == "transformer_xl":
             axes = {axis: getattr(self.parallel, axis) for axis in ("tp", "pp", "cp", "ep", "expert_tp")}
             rule = "model.block=transformer_xl runs in one process or data parallel"
             found += [Conflict(f"parallel.{axis}", n, rule, "use 1, or model.block=llama") for axis, n in axes.items() if n > 1]
-        train, optim = self.train, self.optim
+        train = self.train
         if train.global_batch_size % train.micro_batch_size:
             rule = f"must be a multiple of train.micro_batch_size={train.micro_batch_size}"
             found.append(Conflict("train.global_batch_size", train.global_batch_size, rule, "change one of the two"))
-        if optim.min_lr > optim.lr:
-            found.append(Conflict("optim.min_lr", optim.min_lr, f"must be at most optim.lr={optim.lr}", "lower it"))
-        if train.device == "cpu" and self.kernels.backend == "triton":
-            rule = "needs CUDA, and train.device is cpu"
-            found.append(Conflict("kernels.backend", "triton", rule, "use auto"))
-        if train.dtype == "fp64" and self.kernels.backend not in ("reference", "torch"):
-            rule = "must be reference or torch where train.dtype is fp64"
-            found.append(Conflict("kernels.backend", self.kernels.backend, rule, "set it to one of the two"))
+        found += kernel_conflicts(self)
         return found
 
     def layout_conflicts(self, world_size: int) -> list[Conflict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -62,6 +63,9 @@ class TrainSection(Section):
     """rows of one forward pass of one data-parallel rank"""
     seq_len: PositiveInt = 256
     """tokens of a row"""
+    memory: NonNegativeInt = 0
+    """hidden rows of each layer that a row sees of the rows before it in its stream, in training and evaluation (Transformer-XL);
+    needs model.block transformer_xl and data.order contiguous; 0 = none"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one"""
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
@@ -83,8 +87,10 @@ class OptimSection(Section):
     """peak learning rate"""
     min_lr: NonNegativeFloat = 3e-4
     """learning rate at the last step"""
-    warmup_steps: NonNegativeInt = 100
-    """steps of linear warm-up from 0; cosine decay follows"""
+    warmup_steps: NonNegativeInt | None = None
+    """steps of linear warm-up from 0; cosine decay follows; default 100, or what warmup_ratio says"""
+    warmup_ratio: Probability | None = None
+    """the warm-up as a share of all steps, instead of warmup_steps"""
     beta1: Probability = 0.9
     """decay of the first moment"""
     beta2: Probability = 0.95
@@ -96,19 +102,44 @@ class OptimSection(Section):
     clip_norm: PositiveFloat | None = 1.0
     """largest global gradient norm; null = no clipping"""
 
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`."""
+        if self.warmup_ratio is not None:
+            return math.ceil(self.warmup_ratio * steps)
+        return 100 if self.warmup_steps is None else self.warmup_steps
+
+    def conflicts(self) -> list[Conflict]:
+        """Rules of the schedule."""
+        found = []
+        if self.min_lr > self.lr:
+            found.append(Conflict("optim.min_lr", self.min_lr, f"must be at most optim.lr={self.lr}", "lower it"))
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            rule = f"optim.warmup_steps={self.warmup_steps} says how long the warm-up is, too"
+            found.append(Conflict("optim.warmup_ratio", self.warmup_ratio, rule, "set one of the two to null"))
+        return found
+
 
 class EngineSection(Section):
     """Which engine runs the step."""
 
-    name: Literal["native"] = "native"
-    """native: FSDP2"""
+    name: Literal["native", "deepspeed"] = "native"
+    """native: FSDP2; deepspeed: DeepSpeed's ZeRO, for data and expert parallelism. It needs the extra [deepspeed]"""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """deepspeed: what ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too"""
+    offload: Literal["none", "optimizer"] = "none"
+    """deepspeed: optimizer = its state and its work are on the CPU; DeepSpeed compiles its CPUAdam for it at the first start"""
+    deepspeed_json: PathText | None = None
+    """deepspeed: a file of further options for DeepSpeed; those that other keys here own are refused"""
 
 
 class KernelsSection(Section):
     """Which implementation of the hot ops runs."""
 
-    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    backend: Literal["auto", "reference", "torch", "triton", "megablocks"] = "auto"
     """auto: triton on CUDA, torch elsewhere; a backend named here that cannot run is an error"""
+    attention: Literal["auto", "sdpa", "varlen", "flash2", "flash3", "flex"] = "auto"
+    """auto: flash3 on Hopper where it is installed, else varlen (torch's own flash attention) on CUDA in bf16, sdpa elsewhere;
+    flash2 and flash3 need the package flash-attn; a kernel named here that cannot run is an error"""
 
 
 class CheckpointSection(Section):

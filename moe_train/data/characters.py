@@ -1,31 +1,28 @@
 """One id per byte value of a corpus: text8 has 27 of them, enwik8 205."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_train.data.tokenizer import Ids, Tokenizer, utf8
+from moe_train.data.tokenizer import Ids, PieceTokenizer, utf8
 from moe_train.errors import UserError
-from moe_train.files import write_atomically
 
 
-class CharacterTokenizer(Tokenizer):
+class CharacterTokenizer(PieceTokenizer):
     """The byte values `symbols` in rising order, and one more id for the end of a document. Other bytes are refused, not replaced."""
 
     name = "characters"
     suffix = ".vocab"
 
     def __init__(self, symbols: Iterable[int]) -> None:
-        self._symbols = np.array(sorted(set(symbols)), dtype=np.uint8)
-        self.eod = len(self._symbols)
+        known = sorted(set(symbols))
+        self.eod = len(known)
         self.vocab_size = self.eod + 1
         self._ids = np.full(256, self.vocab_size, dtype=np.uint16)
-        self._ids[self._symbols] = np.arange(self.eod)
+        self._ids[known] = np.arange(self.eod)
+        self._pieces = [*(bytes([symbol]) for symbol in known), b""]
+        self.content = json.dumps({"tokenizer": self.name, "symbols": known}).encode() + b"\n"
 
     @classmethod
     def read(cls, texts: Iterable[bytes]) -> "CharacterTokenizer":
@@ -49,26 +46,9 @@ class CharacterTokenizer(Tokenizer):
             )
         return ids
 
-    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
-        """Return the bytes of the ids, without ends of documents."""
-        array = self._checked(ids)
-        return self._symbols[array[array != self.eod]].tobytes()
-
-    def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """Return 1 for each symbol and 0 for the end of a document, [vocab_size]."""
-        return (np.arange(self.vocab_size) != self.eod).astype(np.int64)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The hash of the file that `save` writes."""
-        return "sha256-" + hashlib.sha256(self._content()).hexdigest()
-
-    def _content(self) -> bytes:
-        return json.dumps({"tokenizer": self.name, "symbols": self._symbols.tolist()}).encode() + b"\n"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file that lists the symbols."""
-        write_atomically(path, self._content())
+    def cut(self, text: bytes) -> int:
+        """Return the end: each byte is a token."""
+        return len(text)
 
     @classmethod
     def from_json(cls, fields: object, source: str) -> "CharacterTokenizer":

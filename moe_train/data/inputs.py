@@ -5,10 +5,12 @@ byte, or with `lines` one document per line. Any of them may be compressed (`.gz
 below them, in the order of their paths, without hidden files.
 """
 
+import codecs
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +24,27 @@ LINES = (".jsonl", ".ndjson")
 OWN = (".bin", ".idx", ".labels", ".json", ".model", ".vocab", ".tokenizer")  # suffixes of a dataset's files
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
+DOCUMENT_BLOCK = 4 << 20  # bytes of a file that is one document, encoded at a time
 
 Policy = Literal["keep", "replace", "error"]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text before it is encoded. `valid` is False when it is, or was, no valid UTF-8; `skipped` stands for a wrong line."""
+    """A text before it is encoded. `valid` is False when it is, or was, no valid UTF-8; `skipped` stands for a wrong line.
+
+    Of a large file `text` is the first block, and `rest` reads the others, once, before the next document.
+    """
 
     text: bytes
     label: str = UNKNOWN_LABEL
     valid: bool = True
     skipped: bool = False
+    rest: Iterable[bytes] = ()
+
+    def whole(self) -> bytes:
+        """Return all of the text."""
+        return self.text + b"".join(self.rest)
 
 
 @dataclass(frozen=True)
@@ -91,16 +102,24 @@ class Inputs:
             yield from documents
             return
         for document in documents:
-            text = swap_words(document.text, self.swap_words, self.seed)
+            text = swap_words(document.whole(), self.swap_words, self.seed)
             yield Document(text, document.label, document.valid, document.skipped)
 
     def _has_lines(self, path: Path) -> bool:
         return self.lines or inner_suffix(path) in LINES
 
     def _whole(self, path: Path) -> Iterator[Document]:
-        with reading(path) as file:
-            text = file.read()
-        yield self._checked(text, UNKNOWN_LABEL, _is_valid(text), str(path))
+        blocks = _blocks(path)
+        text, second = next(blocks, b""), next(blocks, None)
+        if second is None:
+            yield self._checked(text, UNKNOWN_LABEL, _is_valid([text]), str(path))
+            return
+        valid = _is_valid(_blocks(path))
+        rest: Iterator[bytes] = chain([second], blocks)
+        if not valid and self.invalid_utf8 == "replace":
+            rest = _replaced(chain([text], rest))
+            text = next(rest)
+        yield replace(self._checked(text, UNKNOWN_LABEL, valid, str(path)), rest=rest)
 
     def _lines(self, piece: Piece) -> Iterator[Document]:
         parse = self._json if inner_suffix(piece.path) in LINES else self._plain
@@ -120,7 +139,7 @@ class Inputs:
 
     def _plain(self, line: bytes) -> Iterator[Document]:
         text = line.removesuffix(b"\n").removesuffix(b"\r")
-        yield self._checked(text, UNKNOWN_LABEL, _is_valid(text))
+        yield self._checked(text, UNKNOWN_LABEL, _is_valid([text]))
 
     def _json(self, line: bytes) -> Iterator[Document]:
         if not line.strip():
@@ -205,12 +224,29 @@ def _files_of(path: Path, without: set[Path]) -> list[Path]:
     return sorted(kept, key=lambda file: file.relative_to(path).parts)
 
 
-def _is_valid(text: bytes) -> bool:
+def _blocks(path: Path) -> Iterator[bytes]:
+    with reading(path) as file:
+        while block := file.read(DOCUMENT_BLOCK):
+            yield block
+
+
+def _is_valid(blocks: Iterable[bytes]) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        text.decode("utf-8")
+        for block in blocks:
+            decoder.decode(block)
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _replaced(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The text with U+FFFD for what is no valid UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for block in blocks:
+        yield decoder.decode(block).encode()
+    yield decoder.decode(b"", final=True).encode()
 
 
 def _to_bytes(text: str) -> tuple[bytes, bool]:

@@ -199,7 +199,10 @@ class EvalRows:
 
     Every rank gets the same number of micro-batches, all [B, S], so that ranks can compute together: the last row and the last
     micro-batches are filled with padding, which is a document of its own without targets. `max_rows` stops earlier. With
-    `contiguous`, each row of a micro-batch continues the same row of the micro-batch before.
+    `streams`, a multiple of all ranks' rows of a micro-batch, the rows are cut into so many contiguous streams side by side, dealt as
+    the Loader deals them: rows of micro-batch i continue those of micro-batch i - n, n of them being a row of every stream. With a
+    `stride` each row starts so many tokens after the one before, and all but the first have targets in their last `stride` places
+    alone: every token is predicted once, from the `seq_len - stride` tokens before it at least.
     """
 
     def __init__(
@@ -213,7 +216,8 @@ class EvalRows:
         max_rows: int | None = None,
         vocab_size: int | None = None,
         tokenizer: Tokenizer | None = None,
-        contiguous: bool = False,
+        streams: int | None = None,
+        stride: int | None = None,
     ) -> None:
         _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
         self._stream = TokenStream(prefixes, vocab_size, tokenizer)
@@ -223,8 +227,10 @@ class EvalRows:
             raise UserError(f"max_rows {max_rows} must be at least 1")
         self._seq_len, self._micro_batch_size = seq_len, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._contiguous = contiguous
-        self.num_rows = min(-(-self._stream.num_tokens // seq_len), max_rows or self._stream.num_tokens)
+        self._streams = streams
+        self._stride = stride or seq_len
+        beyond_first = max(self._stream.num_tokens - seq_len, 0)
+        self.num_rows = min(1 + -(-beyond_first // self._stride), max_rows or self._stream.num_tokens)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -233,19 +239,22 @@ class EvalRows:
 
     def __len__(self) -> int:
         """Return the number of micro-batches of each rank."""
-        return -(-self.num_rows // (self._micro_batch_size * self._dp_size))
+        together = self._micro_batch_size * self._dp_size
+        side_by_side = self._streams or together
+        return -(-self.num_rows // side_by_side) * side_by_side // together
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield micro-batches dp_rank, dp_rank + dp_size, ..."""
-        lanes = self._dp_size * self._micro_batch_size
+        together = self._dp_size * self._micro_batch_size
         mine = np.arange(self._micro_batch_size, dtype=np.int64) + self._dp_rank * self._micro_batch_size
-        order = Lanes(len(self) * lanes, lanes)
         for i in range(len(self)):
-            rows = i * lanes + mine
-            if self._contiguous:
-                rows = order(rows)
-            starts = np.where(rows < self.num_rows, rows * self._seq_len, self._stream.num_tokens)
-            yield _make_batch(self._stream, rows, starts, self._seq_len)
+            rows = i * together + mine
+            if self._streams is not None:
+                rows = Lanes(len(self) * together, self._streams)(rows)
+            starts = np.where(rows < self.num_rows, rows * self._stride, self._stream.num_tokens)
+            micro = _make_batch(self._stream, rows, starts, self._seq_len)
+            micro.targets[torch.from_numpy(rows > 0), : self._seq_len - self._stride] = NO_TARGET  # rows before predict these
+            yield micro
 
 
 def _as_blend(state: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def prepare(
 ) -> Summary:
     """Write the documents to the dataset `output` with `workers` processes; the result does not depend on their number.
 
-    Memory grows by 4 bytes per document, and by the largest document that is a whole file. `progress` is told the bytes of input
+    Memory grows by 4 bytes per document, and by the largest file that is one document where the tokenizer cannot cut it
+    (`Tokenizer.cut`: a tokenizer.json, or one that puts a space before a text). `progress` is told the bytes of input
     that are done and all of them. Raises UserError for wrong inputs, and when no document has text; then there is no dataset, and
     finished parts are kept.
     """
@@ -214,7 +215,7 @@ def _write(part: Part, inputs: Inputs, tokenizer: Tokenizer) -> Summary:
                 summary.invalid += not document.valid
                 if writer is None:
                     writer = stack.enter_context(DatasetWriter(part.prefix, tokenizer, save_tokenizer=False))
-                writer.add_text(document.text, document.label)
+                writer.add_text(document.text, document.label, document.rest)
     if writer is not None:
         summary.documents, summary.tokens, summary.bytes_of_text = writer.num_documents, writer.num_tokens, writer.num_bytes
     done = {"key": part.key, "summary": asdict(summary)}

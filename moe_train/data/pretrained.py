@@ -1,31 +1,29 @@
 """Hugging Face's tokenizer.json, read by the library `tokenizers` (the extra [data])."""
 
-import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_train.data.tokenizer import PROBE, Ids, Tokenizer, utf8
+from moe_train.data.tokenizer import PROBE, Ids, PieceTokenizer, utf8
 from moe_train.errors import UserError
-from moe_train.files import write_atomically
 
 # How models in use call the end of a document; the first one that the file has as a special token is taken.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]")
 
+# Parts of a file that add ids to a text's own, and are left aside.
+ASIDE = ("truncation", "padding", "post_processor")
+
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class PretrainedTokenizer(Tokenizer):
-    """A tokenizer.json whose pieces are bytes (GPT-2, Llama 3, Qwen, OLMoE) or fall back to them (Gemma).
+class PretrainedTokenizer(PieceTokenizer):
+    """A tokenizer.json whose pieces are bytes (GPT-2, Llama 3, Qwen, OLMoE) or fall back to them (Gemma, Llama 2, Mixtral).
 
     Special tokens that a text spells out are encoded as text. What a file says about truncation, padding and templates is left
-    aside: a document is its ids and one end. Normalisation to NFC, which Qwen has, is the only change of text that is let through.
+    aside: a document is its ids and one end. Two changes of text are let through: normalisation to NFC, which Qwen and OLMoE have,
+    and a space before the text, which Llama 2 and Mixtral put there; it comes back with the text and counts as a byte.
 
     Raises UserError when the file is damaged, changes text otherwise, or has no end of a document.
     """
@@ -34,8 +32,7 @@ class PretrainedTokenizer(Tokenizer):
     suffix = ".tokenizer"
 
     def __init__(self, content: bytes, source: str = "(memory)") -> None:
-        self._content = content
-        fields = self._load(source)
+        fields = self._load(content, source)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         if self.vocab_size > 2 * len(ids):
@@ -45,7 +42,8 @@ class PretrainedTokenizer(Tokenizer):
         ends = [end for end in ENDS if end in special]
         if not ends:
             raise UserError(f"tokenizer file {source} has no special token to end documents (one of {', '.join(ENDS)})")
-        self.eod = ids[ends[0]]
+        self.end = ends[0]
+        self.eod = ids[self.end]
         to_bytes = _spelling(fields.get("decoder"), source)
         self._pieces = [b""] * self.vocab_size
         for piece, i in ids.items():
@@ -55,25 +53,26 @@ class PretrainedTokenizer(Tokenizer):
                 self._pieces[i] = b""
         if len({piece for piece in self._pieces if len(piece) == 1}) < 256:
             raise UserError(f"tokenizer file {source} has no piece for some bytes, so that it cannot carry every text")
-        if self.decode(self.encode(PROBE)) != PROBE or len(self.encode("")):
-            raise UserError(
-                f"tokenizer file {source} changes text (a normalizer, a space before the first word, or lower case)"
-            )
+        if not all(self._keeps(text) for text in (PROBE, PROBE.strip())) or len(self.encode("")):
+            raise UserError(f"tokenizer file {source} changes text (a normalizer, or lower case)")
 
-    def _load(self, source: str) -> dict[str, Any]:
+    def _keeps(self, text: str) -> bool:
+        """Whether a text comes back, at most with a space before it."""
+        return self.decode(self.encode(text)) in (text, " " + text)
+
+    def _load(self, content: bytes, source: str) -> dict[str, Any]:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
             raise UserError(f"tokenizer file {source} needs the package tokenizers: pip install 'moe_train[data]'") from None
         try:
-            fields = json.loads(self._content)
-            self._tokenizer = Fast.from_str(self._content.decode("utf-8"))
+            fields: dict[str, Any] = {**json.loads(content), **dict.fromkeys(ASIDE)}
+            text = json.dumps(fields, ensure_ascii=False)
+            self._tokenizer, self.content = Fast.from_str(text), text.encode("utf-8")
         except Exception as error:  # the library raises Exception itself
             raise UserError(f"tokenizer file {source} is no tokenizer.json, or is damaged ({error})") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        return dict(fields)
+        return fields
 
     def encode(self, text: str | bytes) -> Ids:
         """Return the ids of a text, int32 [tokens]. Raises UserError for bytes that are no valid UTF-8, which it cannot carry."""
@@ -85,23 +84,6 @@ class PretrainedTokenizer(Tokenizer):
                 "prepare with --invalid-utf8 replace"
             ) from None
         return np.array(self._tokenizer.encode(valid, add_special_tokens=False).ids, dtype=np.int32)
-
-    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
-        """Return the pieces' bytes, one after the other."""
-        return b"".join([self._pieces[i] for i in self._checked(ids).tolist()])
-
-    def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each piece, [vocab_size]."""
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The hash of the file."""
-        return "sha256-" + hashlib.sha256(self._content).hexdigest()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file as it was read."""
-        write_atomically(path, self._content)
 
 
 def _spelling(decoder: Any, source: str) -> Any:
@@ -126,11 +108,11 @@ def _stand_ins() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_STAND_INS = _stand_ins()
+STAND_INS = _stand_ins()
 
 
 def _from_stand_ins(piece: str) -> bytes:
-    return bytes(_STAND_INS[c] for c in piece) if all(c in _STAND_INS for c in piece) else utf8(piece)
+    return bytes(STAND_INS[c] for c in piece) if all(c in STAND_INS for c in piece) else utf8(piece)
 
 
 def _from_fallback(piece: str) -> bytes:

@@ -63,6 +63,13 @@ class Tokenizer(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that `load_tokenizer` reads back to an equal tokenizer."""
 
+    def cut(self, text: bytes) -> int:
+        """Return the last place where `text` may be cut so that the ids of both parts are those of the whole, whatever follows it.
+
+        0 where there is none, or none is known: then a document must be encoded whole.
+        """
+        return 0
+
     def decode(self, ids: Iterable[int] | Ids) -> str:
         """Return the text of the ids; bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -73,6 +80,30 @@ class Tokenizer(ABC):
         if wrong.size:
             raise UserError(f"token id {wrong[0]} is outside the {self.vocab_size} ids of the {self.name} tokenizer")
         return array
+
+
+class PieceTokenizer(Tokenizer):
+    """A tokenizer whose ids stand for pieces of text, and whose file is everything that decides them."""
+
+    _pieces: list[bytes]  # of each id; special ids have none
+    content: bytes  # the file that `save` writes
+
+    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
+        """Return the pieces' bytes, one after the other."""
+        return b"".join([self._pieces[i] for i in self._checked(ids).tolist()])
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the length of each piece, [vocab_size]."""
+        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the file that `save` writes."""
+        return "sha256-" + hashlib.sha256(self.content).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file."""
+        write_atomically(path, self.content)
 
 
 def utf8(text: str | bytes) -> bytes:
@@ -97,6 +128,10 @@ class ByteTokenizer(Tokenizer):
         """Return the bytes of the text as ids, uint16 [bytes]."""
         return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint16)
 
+    def cut(self, text: bytes) -> int:
+        """Return the end: each byte is a token."""
+        return len(text)
+
     def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
         """Return the bytes themselves, without ends of documents."""
         array = self._checked(ids)
@@ -120,16 +155,21 @@ class ByteTokenizer(Tokenizer):
 
 # What SentencePiece cannot carry: it writes a space as U+2581, so a U+2581 of the text would come back as a space, and bytes
 # that are no valid UTF-8 (here as surrogate escapes) have no character at all. Both are spelled with byte pieces.
+_MARK = "\u2581".encode()
 _SPELLED = re.compile("(\u2581+|[\udc80-\udcff]+)")
+_BEFORE_SPACE = re.compile(rb"[!-~] ")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# A serialised normalizer_spec with add_dummy_prefix=false: what follows a serialised message replaces its fields.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
 # Text that a model with lossy settings, or a file cut at a lucky place, does not bring back.
 PROBE = "  Two  spaces\n\n\ttab ﬁ ① é \U0001f9ff \u4e2d "
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(PieceTokenizer):
     """A SentencePiece model with byte fallback and no normalisation, so that nothing of a text is lost.
 
-    Raises UserError when the file is missing, damaged, or holds a model that changes text.
+    A model may put a space before each text (`prefix`: Llama's and Mixtral's do), which then comes back with it and counts as a byte.
+    Raises UserError when the file is missing, damaged, or holds a model that changes text otherwise.
     """
 
     name = "sentencepiece"
@@ -153,20 +193,23 @@ class SentencePieceTokenizer(Tokenizer):
         if not model:
             raise UserError(f"tokenizer file {source} is empty")
         try:
+            self.content = model
             self._processor = spm.SentencePieceProcessor(model_proto=model)
+            self.prefix = self._processor.id_to_piece(self._processor.encode("a")[0]).startswith("\u2581")
+            if self.prefix:  # the parts of a text are encoded one by one, and only the first one gets it
+                self._processor = spm.SentencePieceProcessor(model_proto=model + _NO_PREFIX)
             self.vocab_size = self._processor.get_piece_size()
             self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
         except (RuntimeError, OSError, ValueError, IndexError, UnicodeError) as error:
             raise UserError(f"tokenizer file {source} is no SentencePiece model, or is damaged ({error})") from None
-        self._model = model
         self.eod = self._processor.eos_id()
         if self.eod < 0:
             raise UserError(f"tokenizer file {source} has no end-of-sentence piece to end documents; train with eos_id >= 0")
         self._byte_ids = self._find_byte_ids(source)
-        if self.decode(self.encode(PROBE)) != PROBE or self._processor.encode(""):
+        if self.decode(self.encode(PROBE)) != " " * self.prefix + PROBE or len(self.encode("")):
             raise UserError(
                 f"tokenizer file {source} changes text, or is damaged; train it with normalization_rule_name=identity, "
-                "add_dummy_prefix=false, remove_extra_whitespaces=false"
+                "remove_extra_whitespaces=false"
             )
 
     def _piece_bytes(self, i: int) -> bytes:
@@ -196,38 +239,38 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str | bytes) -> Ids:
         """Return the ids of a text, int32 [tokens]."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="surrogateescape")
-        else:
-            utf8(text)
-        if text.isascii() or not _SPELLED.search(text):
+        raw = utf8(text)
+        if self.prefix and raw:
+            raw = b" " + raw
+        try:
+            text, plain = raw.decode("utf-8"), _MARK not in raw
+        except UnicodeDecodeError:
+            text, plain = raw.decode("utf-8", errors="surrogateescape"), False
+        if plain:
             return self._encode_part(text, spell=False)
         parts = [self._encode_part(part, spell=i % 2 == 1) for i, part in enumerate(_SPELLED.split(text))]
         return np.concatenate(parts)
+
+    def cut(self, text: bytes) -> int:
+        """Return the last place before a space that no piece has inside of it, so that nothing is merged across it."""
+        at = 0 if self.prefix else len(text)
+        while (at := text.rfind(b" ", 0, at)) > 0:
+            if text[at - 1] in self._ends:
+                return at
+        return 0
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        """Visible ASCII characters after which no piece goes on with a space."""
+        inside = {pair[0] for piece in self._pieces for pair in _BEFORE_SPACE.findall(piece)}
+        return frozenset(range(33, 127)) - inside
 
     def _encode_part(self, part: str, spell: bool) -> npt.NDArray[np.int32]:
         if spell:
             raw = part.encode("utf-8", errors="surrogateescape")
             return self._byte_ids[np.frombuffer(raw, dtype=np.uint8)]
-        ids = self._processor.encode(part)
-        return np.fromiter(ids, dtype=np.int32, count=len(ids))  # half the time of np.array
-
-    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
-        """Return the pieces' bytes, one after the other."""
-        return b"".join([self._pieces[i] for i in self._checked(ids).tolist()])
-
-    def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """Return the length of each piece in UTF-8, [vocab_size]."""
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The hash of the model file."""
-        return "sha256-" + hashlib.sha256(self._model).hexdigest()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model file as it was read."""
-        write_atomically(path, self._model)
+        ids: npt.NDArray[np.int32] = self._processor.encode(part, return_type="numpy")  # no Python integer for each token
+        return ids
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:

@@ -4,24 +4,19 @@ The vocabulary is Transformer-XL's (Dai et al. 2019, arXiv:1901.02860): `<eos>`,
 one that came first before, so that adaptive softmax can cut it where frequencies fall. A word is what `str.split` finds.
 """
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_train.data.tokenizer import Ids, Tokenizer, utf8
+from moe_train.data.tokenizer import Ids, PieceTokenizer, utf8
 from moe_train.errors import UserError
-from moe_train.files import write_atomically
 
 UNKNOWN, END = "<unk>", "<eos>"
 
 
-class WordTokenizer(Tokenizer):
+class WordTokenizer(PieceTokenizer):
     """Words, `<unk>` for every other word, and `<eos>` for the end of a line.
 
     The end of a document is its last line's `<eos>`: `encode` leaves that one out, as it leaves out every end of a document. Text
@@ -33,12 +28,12 @@ class WordTokenizer(Tokenizer):
     suffix = ".vocab"
 
     def __init__(self, words: Sequence[str]) -> None:
-        self._words = list(words)
-        self._ids = {word: i for i, word in enumerate(self._words)}
-        self.vocab_size = len(self._words)
+        self._ids = {word: i for i, word in enumerate(words)}
+        self.vocab_size = len(words)
         self.eod, self._unknown = self._ids[END], self._ids[UNKNOWN]
-        self._pieces = [_raw(" " + word) for word in self._words]
+        self._pieces = [_raw(" " + word) for word in words]
         self._pieces[self.eod] = b" \n"
+        self.content = json.dumps({"tokenizer": self.name, "words": list(words)}, indent=0).encode() + b"\n"
 
     @classmethod
     def read(cls, texts: Iterable[bytes], min_count: int = 1) -> "WordTokenizer":
@@ -63,25 +58,13 @@ class WordTokenizer(Tokenizer):
             ids.append(self.eod)
         return np.array(ids[:-1], dtype=np.int32)
 
-    def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
-        """Return the words, each after a space, and ` \\n` for each end of a line."""
-        return b"".join([self._pieces[i] for i in self._checked(ids).tolist()])
-
-    def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """Return the length of each word with its space, [vocab_size]; `<eos>` has 2."""
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The hash of the file that `save` writes."""
-        return "sha256-" + hashlib.sha256(self._content()).hexdigest()
-
-    def _content(self) -> bytes:
-        return json.dumps({"tokenizer": self.name, "words": self._words}, indent=0).encode() + b"\n"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file that lists the words in the order of ids."""
-        write_atomically(path, self._content())
+    def cut(self, text: bytes) -> int:
+        """Return the last place between a line and its end: what is before loses no `<eos>`, and what is behind starts with one."""
+        at = len(text)
+        while (at := text.rfind(b"\n", 0, at)) > 0:
+            if text[at - 1] != ord("\n"):
+                return at
+        return 0
 
     @classmethod
     def from_json(cls, fields: object, source: str) -> "WordTokenizer":

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_train.data.indexed import DTYPES, HEADER, MAGIC, UINT16_VOCABULARY, VERSION, IndexedDataset, beside
 from moe_train.data.sidecar import UNKNOWN_LABEL, Sidecar, is_sidecar
-from moe_train.data.tokenizer import Ids, Tokenizer
+from moe_train.data.tokenizer import Ids, Tokenizer, utf8
 from moe_train.errors import UserError
 from moe_train.files import fsync_folder, temporary_beside
 
@@ -84,24 +84,40 @@ class DatasetWriter:
             if kind is None:
                 self._finish()
 
-    def add_text(self, text: str | bytes, label: str = UNKNOWN_LABEL) -> None:
-        """Add a text as one document: its ids and an end of document."""
+    def add_text(self, text: str | bytes, label: str = UNKNOWN_LABEL, rest: Iterable[bytes] = ()) -> None:
+        """Add a text, with the blocks of bytes that follow it, as one document: its ids and an end of document.
+
+        As much of it is in memory as lies between two places where the tokenizer can cut.
+        """
+        length = 0
+        for block in rest:
+            held = utf8(text)
+            at = self.tokenizer.cut(held)
+            length += self._write(self.tokenizer.encode(held[:at])) if at else 0
+            text = held[at:] + block
         ids = self.tokenizer.encode(text)
-        self.add(np.append(ids, ids.dtype.type(self.tokenizer.eod)), label)
+        length += self._write(np.append(ids, ids.dtype.type(self.tokenizer.eod)))
+        self._end_document(length, label)
 
     def add(self, ids: Ids, label: str = UNKNOWN_LABEL) -> None:
         """Add one document of ids, [length] with length >= 1. Raises UserError when an id or the length is out of range."""
-        if len(ids) == 0 or len(ids) > MAX_DOCUMENT:
-            raise UserError(f"document {self.num_documents} has {len(ids)} tokens, outside 1 to {MAX_DOCUMENT}; split it")
-        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
+        self._end_document(self._write(ids), label)
+
+    def _write(self, ids: Ids) -> int:
+        """Write ids of the document that is open, and return how many."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size):
             raise UserError(f"document {self.num_documents} has ids outside the {self.tokenizer.vocab_size} of its tokenizer")
-        number = self._number(label)
         self._bin.write(ids.astype(DTYPES[self._code], copy=False).tobytes())
-        self._label_file.write(number.to_bytes(4, "little"))
-        self._sizes.append(len(ids))
-        self.num_documents += 1
         self.num_tokens += len(ids)
         self.num_bytes += int(self._byte_lengths[ids].sum())
+        return len(ids)
+
+    def _end_document(self, length: int, label: str) -> None:
+        if not 1 <= length <= MAX_DOCUMENT:
+            raise UserError(f"document {self.num_documents} has {length} tokens, outside 1 to {MAX_DOCUMENT}; split it")
+        self._label_file.write(self._number(label).to_bytes(4, "little"))
+        self._sizes.append(length)
+        self.num_documents += 1
 
     def add_dataset(self, other: IndexedDataset) -> None:
         """Add all documents of a dataset that this class wrote with the same tokenizer, as if they were added one by one."""

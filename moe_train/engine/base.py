@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,15 @@ class Sums:
     bytes: int
 
 
+class Scored(NamedTuple):
+    """The targets of a micro-batch that one rank has predicted, [n] each, on the CPU."""
+
+    before: Tensor  # int64, the token that each of them follows
+    targets: Tensor  # int64
+    labels: Tensor  # int64, of their documents
+    nats: Tensor  # fp32 (or fp64), what each costs
+
+
 class Engine(Protocol):
     """The contract between the trainer and whatever runs the model."""
 
@@ -36,8 +45,11 @@ class Engine(Protocol):
         """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass."""
         ...
 
-    def step(self) -> float:
-        """Clip, update, advance the schedule, run the routers' after_step; returns the gradient norm before clipping."""
+    def step(self, accept: Callable[[float], bool] | None = None) -> float:
+        """Clip, update, advance the schedule, run the routers' after_step; returns the gradient norm before clipping.
+
+        Where `accept`, which gets that norm, returns False, the step counts and changes nothing.
+        """
         ...
 
     def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor) -> Sums:
@@ -53,4 +65,4 @@ class Engine(Protocol):
         ...
 
 
-__all__ = ["Engine", "MicroBatch", "Stats", "StepBatch", "StepResult", "Sums"]
+__all__ = ["Engine", "MicroBatch", "Scored", "Stats", "StepBatch", "StepResult", "Sums"]

@@ -5,7 +5,9 @@ the figures reported are sums over ranks too, so that no layout changes them.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -25,17 +27,19 @@ from torch.nn import functional as F
 from moe_kernels import get_backend
 from moe_train.config import Config
 from moe_train.data.loader import MicroBatch, StepBatch, count_bytes
-from moe_train.engine.base import Stats, StepResult, Sums
-from moe_train.model.attention import find_segments
+from moe_train.engine import memory
+from moe_train.engine.base import Scored, Stats, StepResult, Sums
+from moe_train.model.attention_kernels import choose_attention
 from moe_train.model.cache import Cache
 from moe_train.model.decoder import Decoder, Output
 from moe_train.model.init import initialise
 from moe_train.model.moe import LayerStats, MoE
-from moe_train.model.routing import BatchInfo, Router, Segments
+from moe_train.model.routing import BatchInfo, Router
+from moe_train.model.transformer_xl import Memory
 from moe_train.optim import clip_gradients, learning_rate, make_optimizer
 from moe_train.parallel.apply import parallelize
 from moe_train.parallel.collectives import all_gather
-from moe_train.parallel.context import deal, segments_for_queries, share_rows
+from moe_train.parallel.context import deal, share_rows
 from moe_train.parallel.fsdp import sync_gradients
 from moe_train.parallel.mesh import World, make_layout
 from moe_train.parallel.pipeline import Pipeline, SharedParameters, make_parts
@@ -55,6 +59,7 @@ class Model:
         self.config, self.world = config, world
         self.layout = make_layout(config.parallel, world)
         kernels = get_backend(config.kernels.backend, world.device)
+        self.attention = choose_attention(config.kernels.attention, world.device, world.dtype, config.model.head_size)
         self.parts = make_parts(self.whole(), config, self.layout)
         for part in self.parts:
             parallelize(part, self.layout, config, world, kernels)
@@ -88,27 +93,31 @@ class Model:
         for part in self.parts:
             part.train(mode)
 
-    def forward(self, batch: BatchInfo, targets: Tensor | None, memory: Cache | None = None) -> Output | None:
+    def forward(self, batch: BatchInfo, targets: Tensor | None, seen: Memory | None = None) -> Output | None:
         """One micro-batch without gradients on all ranks together; None where the last layer is on another rank."""
         if self.pipeline is not None:
             return self.pipeline.forward(batch, targets)
-        output: Output = self.parts[0](batch, targets, cache=memory)
+        output: Output = self.parts[0](batch, targets, cache=seen)
         return output
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [1, S, V] of one document's tokens [1, S], the same on all ranks, which call this together."""
+    def logits(self, tokens: Tensor, lengths: Tensor | None = None, label: int = 0) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S] of documents with a label, the same on all ranks that share rows, which call this together.
+
+        Of each row the first `lengths` [B] tokens are the document (all, without them); what follows is padding.
+        """
         self.train(False)
-        layout, length = self.layout, tokens.shape[1]
+        layout, (count, length) = self.layout, tokens.shape
         ranks = layout.size("cp") * layout.size("tp")
         padded = F.pad(tokens.cpu(), (0, -length % (2 * ranks) if ranks > 1 else 0))  # rows are dealt out evenly
         zeros = torch.zeros_like(padded)
+        ends = torch.full((count, 1), length) if lengths is None else lengths.cpu()[:, None]
         columns = torch.arange(padded.shape[1])[None]
-        doc_ids = (columns >= length).long()  # padding is a document of its own
-        micro = MicroBatch(padded, zeros, columns - length * doc_ids, doc_ids, zeros, zeros[:, 0])
+        doc_ids = (columns >= ends).long()  # padding is a document of its own
+        micro = MicroBatch(padded, zeros, columns - ends * doc_ids, doc_ids, zeros + label, zeros[:, 0])
         output = self.forward(self.batch_info(micro), None)
         self.reshard()
-        shape = (1, padded.shape[1] // layout.size("cp"), self.config.model.vocab_size or 0)
+        shape = (count, padded.shape[1] // layout.size("cp"), self.config.model.vocab_size or 0)
         logits = torch.empty(shape, dtype=self.world.dtype, device=self.world.device)
         if output is not None and output.logits is not None:  # else the last layer is on another rank
             logits = output.logits.contiguous()
@@ -152,13 +161,11 @@ class Model:
         moved = {name: getattr(micro, name).to(world.device, non_blocking=True) for name in names}
         sharing = share_rows(self.layout, micro.tokens.shape[1], config.parallel.cp_method, world.device)
         seen = micro.doc_ids if config.data.mask_documents else torch.zeros_like(micro.doc_ids)
-        segments: Segments | None
-        if sharing is not None and config.parallel.cp > 1 and config.parallel.cp_method == "gather":
-            segments = segments_for_queries(seen.to(world.device), sharing.context)
-        else:
-            segments = find_segments(seen, world.device, world.dtype)
+        parallel, queries = config.parallel, None
+        if parallel.cp > 1 and parallel.cp_method == "gather":
+            queries = deal(micro.tokens.shape[1], parallel.cp, "gather")[self.layout.at("cp")]
         return BatchInfo(
-            segments=segments,
+            segments=self.attention.segments(seen, world.device, queries),
             token_count=step.token_count if step else 1,
             target_count=step.target_count if step else 1,
             step=steps_done,
@@ -168,24 +175,36 @@ class Model:
         )
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor, memory: Cache | None = None) -> Sums:
-        """Nats, targets and the targets' bytes (byte_lengths [V]) over the micro-batches of all ranks, as many on each.
+    def score(self, microbatches: Iterable[MicroBatch], memories: Iterable[Memory] = ()) -> Iterator[Scored]:
+        """The targets that this rank predicts, by micro-batch. All ranks call this together, with as many micro-batches each.
 
-        With a `memory` the rows of a micro-batch see what it keeps of those before (`moe_train.evaluate.joined`).
+        With n `memories`, rows of micro-batch i go on where those of micro-batch i - n have ended, and see what was kept of them.
         """
         self.train(False)
-        sums = torch.zeros(3, dtype=torch.float64)
+        turns = deque(memories)
         for micro in microbatches:
-            info = self.batch_info(micro)
-            output = self.forward(info, micro.targets.to(self.world.device), memory)
-            memory = None if output is None else output.cache
+            seen = turns.popleft() if turns else None
+            if seen is not None:
+                micro, seen = memory.go_on(micro, seen)
+            info, targets = self.batch_info(micro), micro.targets.to(self.world.device)
+            output = self.forward(info, targets, seen)
+            if output is not None and isinstance(output.cache, Memory):
+                turns.append(output.cache)
             if output is not None and output.token_loss is not None:
-                targets = (
-                    info.here(micro.targets) if info.sharing is None else info.here(micro.targets.to(self.world.device)).cpu()
-                )
-                nats = float(output.token_loss.sum(dtype=torch.float64))
-                sums += torch.tensor([nats, int((targets >= 0).sum()), int(count_bytes(targets, byte_lengths))])
+                found = (info.here(x) for x in (info.tokens, targets, info.labels))
+                predicted = info.here(targets) >= 0
+                yield Scored(*(x[predicted].cpu() for x in (*found, output.token_loss)))
         self.reshard()
+
+    def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor, memories: Iterable[Memory] = ()) -> Sums:
+        """Nats, targets and the targets' bytes (byte_lengths [V]) over the micro-batches of all ranks, as many on each.
+
+        `memories`: see `score`.
+        """
+        sums = torch.zeros(3, dtype=torch.float64)
+        for some in self.score(microbatches, memories):
+            nats = float(some.nats.sum(dtype=torch.float64))
+            sums += torch.tensor([nats, len(some.targets), int(count_bytes(some.targets, byte_lengths))])
         sums = sums.to(self.world.device)
         dist.all_reduce(sums)
         return Sums(float(sums[0]), int(sums[1]), int(sums[2]))
@@ -196,12 +215,20 @@ class NativeEngine:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
-        self.model = Model(config, world).materialise()
-        self.optimizers = [make_optimizer(part, config.optim) for part in self.model.parts]
+        self.model = self._make_model()
+        self.optimizers = self._make_optimizers()
         self.steps_done = 0
+        self.streams = memory.streams_here(config, world)
+        self.memories: list[Memory] = []  # what each micro-batch of the last step left
         self._stats: Stats = {}
         copies = self.model.shared.copies
         self._copies = {p: copies[name] for name, p in self.model.named_parameters() if name in copies}
+
+    def _make_model(self) -> Model:
+        return Model(self.config, self.world).materialise()
+
+    def _make_optimizers(self) -> list[torch.optim.AdamW]:
+        return [make_optimizer(part, self.config.optim) for part in self.model.parts]
 
     def forward_backward(self, batch: StepBatch, mark: Callable[[str], None] = lambda part: None) -> StepResult:
         """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass."""
@@ -209,9 +236,11 @@ class NativeEngine:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         device = self.world.device
-        feed = [(self.model.batch_info(m, batch, self.steps_done), m.targets.to(device)) for m in batch.microbatches]
+        micros, memories = self._go_on(batch)
+        feed = [(self.model.batch_info(m, batch, self.steps_done), m.targets.to(device)) for m in micros]
         if self.model.pipeline is None:
-            outputs = self._accumulate(feed, mark)
+            outputs = self._accumulate(feed, memories, mark)
+            self.memories = [output.cache for output in outputs if isinstance(output.cache, Memory)]
         else:
             outputs = self.model.pipeline.train(feed)
             self.model.shared.sum()
@@ -228,51 +257,95 @@ class NativeEngine:
         self._stats = figures
         return StepResult(float(step["loss"]), float(step["cross_entropy"]), figures)
 
-    def _accumulate(self, feed: list[tuple[BatchInfo, Tensor]], mark: Callable[[str], None]) -> list[Output]:
+    def _go_on(self, batch: StepBatch) -> tuple[list[MicroBatch], list[Memory]]:
+        """The step's micro-batches, and what they see of the step before, if they see anything."""
+        memories = self.memories if batch.continues and self.memories else memory.start(self.config, self.world)
+        if not memories:
+            return batch.microbatches, []
+        pairs = [memory.go_on(*pair) for pair in zip(batch.microbatches, memories, strict=True)]
+        return [micro for micro, _ in pairs], [seen for _, seen in pairs]
+
+    def _accumulate(
+        self, feed: list[tuple[BatchInfo, Tensor]], memories: list[Memory], mark: Callable[[str], None]
+    ) -> list[Output]:
         """Forward and backward of each micro-batch in turn."""
         part, outputs = self.model.parts[0], []
         for i, (info, targets) in enumerate(feed):
             sync_gradients(part, i == len(feed) - 1, self.config.parallel)
-            output = part(info, targets)
+            output = part(info, targets, cache=memories[i] if memories else None)
             mark("forward")
             output.loss.backward()
             mark("backward")
             outputs.append(output._replace(loss=output.loss.detach(), carry=None))
         return outputs
 
-    def step(self) -> float:
-        """Clip, update, advance the schedule, run the routers' after_step; returns the gradient norm before clipping."""
-        routers, steps = self.model.routers(), self.config.train.steps
-        for p in (p for router in routers.values() for p in router.frozen(self.steps_done / steps)):
+    def step(self, accept: Callable[[float], bool] | None = None) -> float:
+        """Clip, update, advance the schedule, run the routers' after_step; returns the gradient norm before clipping.
+
+        `accept` gets that norm: where it returns False, nothing but the schedule moves on. By default a norm that is not finite raises
+        FloatingPointError.
+        """
+        steps = self.config.train.steps
+        norm, used = self._update(learning_rate(self.config.optim, self.steps_done + 1, steps), accept or self._check)
+        self.steps_done += 1
+        if not used:
+            self.memories = []  # what the step left may not be finite
+            return norm
+        for name, router in self.model.routers().items():
+            router.after_step(self._stats[name], self.steps_done / steps)
+        return norm
+
+    def _update(self, rate: float, accept: Callable[[float], bool]) -> tuple[float, bool]:
+        """The gradient norm before clipping, and whether it was accepted and the parameters were updated."""
+        progress = self.steps_done / self.config.train.steps
+        for p in (p for router in self.model.routers().values() for p in router.frozen(progress)):
             p.grad = None  # a zero would still let it decay and move on with Adam's momentum
         parameters = [p for _, p in self.model.named_parameters()]
         norm = float(clip_gradients(parameters, self.config.optim.clip_norm, self._copies, self.config.parallel.pp))
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"step {self.steps_done + 1}: the gradient norm is {norm}; parameters with such gradients on this rank: "
-                f"{', '.join(self._not_finite()[:8]) or 'none'}. Nothing was updated; lower optim.lr or look at the data"
-            )
-        self.steps_done += 1
-        rate = learning_rate(self.config.optim, self.steps_done, steps)
+        if not accept(norm):
+            return norm, False
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-        for name, router in routers.items():
-            router.after_step(self._stats[name], self.steps_done / steps)
-        return norm
+        return norm, True
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's gradient of the step, by name: what this rank holds of it. Between `forward_backward` and `step`."""
+        for name, p in self.model.named_parameters():
+            yield name, torch.zeros_like(p) if p.grad is None else p.grad
+
+    def _check(self, norm: float) -> bool:
+        """Raise FloatingPointError unless a gradient norm is finite."""
+        if math.isfinite(norm):
+            return True
+        raise FloatingPointError(
+            f"step {self.steps_done + 1}: the gradient norm is {norm}; parameters with such gradients on this rank: "
+            f"{', '.join(self._not_finite()[:8]) or 'none'}. Nothing was updated; lower optim.lr or look at the data"
+        )
 
     def evaluate(self, microbatches: Iterable[MicroBatch], byte_lengths: Tensor) -> Sums:
-        """Cross entropy over micro-batches of all ranks (each rank passes its own, as many each), without gradients."""
-        return self.model.evaluate(microbatches, byte_lengths)
+        """Cross entropy over micro-batches of all ranks (each rank passes its own, as many each), without gradients.
+
+        With `train.memory` they come in as many streams as training has.
+        """
+        return self.model.evaluate(microbatches, byte_lengths, memory.start(self.config, self.world))
 
     def state_dict(self) -> dict[str, Any]:
         """Model (router buffers included) and optimizer moments as sharded tensors under logical names, whatever the layout."""
         moments = {k: v for flat in self._optimizer_states() for k, v in flat.items() if k.startswith("state.")}
-        return {"model": self.model.state_dict(), "optimizer": moments}
+        state = {"model": self.model.state_dict(), "optimizer": moments}
+        return state | ({"memory": memory.by_stream(self.memories, self.streams)} if self.memories else {})
 
     def logical_state(self) -> dict[str, Tensor]:
         """What `state_dict` of all ranks together holds, as whole tensors on meta: section and name, shape and dtype."""
+        streams = range(self.config.train.global_batch_size)
+        kept = memory.row_shapes(self.memories[0]) if self.memories else {}
+        memories = {f"memory.{stream}.{name}": row for stream in streams for name, row in kept.items()}
+        return self._logical_weights | memories
+
+    @cached_property
+    def _logical_weights(self) -> dict[str, Tensor]:
         whole = self.model.whole()
         trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
         moments = {f"{name}.{kind}": p for name, p in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
@@ -281,19 +354,39 @@ class NativeEngine:
         return model | {f"optimizer.state.{name}": tensor for name, tensor in (moments | steps).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; hyperparameters stay those of the config."""
+        """Take over what `state_dict` gave; hyperparameters stay those of the config. Without memory in it, that starts anew."""
         self.model.load_state_dict(state["model"])
+        self.memories = self._restored(state["memory"]) if "memory" in state else []
         for part, optimizer, flat in zip(self.model.parts, self.optimizers, self._optimizer_states(), strict=True):
             moments = {name: state["optimizer"].get(name, value) for name, value in flat.items()}
             set_optimizer_state_dict(part, optimizer, moments, options=FLAT)
+
+    def keeps(self, name: str) -> bool:
+        """Whether what a checkpoint's memory has under this name is of a stream of this rank."""
+        stream = name.partition(".")[0]
+        return self.config.train.memory > 0 and stream.isdecimal() and any(int(stream) in part for part in self.streams)
+
+    def _restored(self, state: dict[str, Tensor]) -> list[Memory]:
+        """The memories of this rank's micro-batches. A forward over a token of each row shows what the model keeps."""
+        rows = self.config.train.micro_batch_size
+        token = torch.zeros(rows, 1, dtype=torch.int64)
+        micro = MicroBatch(token, token, token, token, token, token[:, 0])
+        start = Memory.start(rows, self.config.train.memory, self.world.device)
+        self.model.train(False)
+        with torch.no_grad():
+            output = self.model.forward(self.model.batch_info(micro), None, start)
+        self.model.reshard()
+        assert output is not None
+        assert isinstance(output.cache, Memory)
+        return memory.restore(state, self.streams, output.cache)
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
         pairs = zip(self.model.parts, self.optimizers, strict=True)
         return [get_optimizer_state_dict(part, optimizer, options=FLAT) for part, optimizer in pairs]
 
     def _not_finite(self) -> list[str]:
-        local = [(n, p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad) for n, p in self.model.named_parameters()]
-        return [name for name, grad in local if grad is not None and not bool(grad.isfinite().all())]
+        local = ((name, grad.to_local() if isinstance(grad, DTensor) else grad) for name, grad in self.gradients())
+        return [name for name, grad in local if not bool(grad.isfinite().all())]
 
     def _sum_over_ranks(self, figures: Stats) -> Stats:
         """Sums over all ranks, on the CPU, through one all-reduce. float64 holds counts up to 2^53 exactly."""

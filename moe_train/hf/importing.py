@@ -93,10 +93,9 @@ def read_tensors(folder: Path, stock: Stock | None, config: Config) -> Decoder:
     values: dict[str, Tensor] = {}
     for name, empty in model.state_dict().items():
         names = _names(stock, name, config)
-        values[name] = torch.empty_like(empty, device="cpu") if names is None else _stack(names, files).to(empty.dtype)
+        value = _initial(model, name, config.run.seed) if names is None else _stack(names, files)
+        values[name] = value.to(empty.dtype)
     model.load_state_dict(values, assign=True)
-    if stock is not None:
-        _fill_buffers(model, config.run.seed)
     return model
 
 
@@ -119,10 +118,9 @@ def _stack(names: Names, files: dict[str, Path]) -> Tensor:
     return read_tensor(names, files[names])
 
 
-@torch.no_grad()
-def _fill_buffers(model: Decoder, seed: int) -> None:
-    """Give routers' buffers, which transformers does not have, their initial values."""
-    for module in model.modules():
-        initial: dict[str, Initial] = getattr(module, "initial", {})
-        for name, buffer in module.named_buffers(recurse=False):
-            buffer.copy_(draw(name, initial[name], buffer.shape, seed))
+def _initial(model: Decoder, name: str, seed: int) -> Tensor:
+    """The initial value of a router's tensor, which transformers does not have."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    initial: dict[str, Initial] = getattr(module, "initial", {})
+    return draw(name, initial[last], getattr(module, last).shape, seed)

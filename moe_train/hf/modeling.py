@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moe_kernels.backend import Backend
 from moe_kernels.cross_entropy.reference import linear_cross_entropy
@@ -25,6 +25,7 @@ from moe_kernels.swiglu.reference import swiglu
 from moe_kernels.topk.reference import score_topk
 from moe_train.config import ModelConfig, RouterConfig
 from moe_train.model.attention import find_segments
+from moe_train.model.cache import Cache
 from moe_train.model.decoder import Decoder
 from moe_train.model.init import draw
 from moe_train.model.routing import BatchInfo
@@ -83,17 +84,32 @@ class MoETrainConfig(PreTrainedConfig):
         return ModelConfig(**{**self.model, "router": kind(**router)})
 
 
-class MoETrainForCausalLM(PreTrainedModel, GenerationMixin):
-    """The decoder with the interface of a causal language model. Routers stay in fp32 when the rest is cast to 16 bits.
+class DecodingCache:
+    """What decoding keeps of the tokens before, as `generate` hands it on. A forward pass returns a new one and leaves it as it is."""
 
-    It keeps no cache: while generating, each token costs a forward pass over the text.
-    """
+    is_compileable = is_croppable = False  # transformers asks its own caches
+
+    def __init__(self, kept: Cache) -> None:
+        self.kept = kept
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that are kept, padding included; the same in all layers."""
+        return self.kept.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order (beam search)."""
+        self.kept = self.kept.take(beam_idx.tolist())
+
+
+class MoETrainForCausalLM(PreTrainedModel, GenerationMixin):
+    """The decoder with the interface of a causal language model. Routers stay in fp32 when the rest is cast to 16 bits."""
 
     config_class = MoETrainConfig
     base_model_prefix = "decoder"
     _no_split_modules = ["Block"]
     _keep_in_fp32_modules_strict = ["router", "shared_router"]
     _supports_sdpa = True
+    _is_stateful = True  # a cache cannot be cut: routers keep sums over tokens
 
     def __init__(self, config: MoETrainConfig) -> None:
         super().__init__(config)
@@ -110,10 +126,19 @@ class MoETrainForCausalLM(PreTrainedModel, GenerationMixin):
         return self.decoder.embedding
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any
-    ) -> dict[str, Tensor | None]:
-        """The whole text for each new token, whatever the generation config says of caches."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: DecodingCache | None = None,
+        use_cache: bool | None = None,
+        **rest: Any,
+    ) -> dict[str, Any]:
+        """The tokens that a cache does not hold yet; without one the whole text for each new token."""
+        if past_key_values is not None:
+            total = (input_ids if attention_mask is None else attention_mask).shape[1]
+            input_ids = input_ids[:, past_key_values.get_seq_length() - total :]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return inputs | {"use_cache": use_cache, "logits_to_keep": 1}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -130,25 +155,57 @@ class MoETrainForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        past_key_values: None = None,
+        past_key_values: DecodingCache | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         return_dict: bool | None = None,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """input_ids [B, S] -> logits [B, S, V]; with labels [B, S] (-100 where there is none) the training loss instead.
 
         `attention_mask` [B, S] is 0 at padding. The loss is the cross entropy per target plus the router's weighted losses, as in
-        training; `num_items_in_batch` are the targets that it is divided by. `use_cache` and `return_dict` change nothing.
-        Raises ValueError for a cache, or a mask of another shape.
+        training; `num_items_in_batch` are the targets that it is divided by. `logits_to_keep`: logits of so many last tokens alone.
+        With `use_cache` the result has `past_key_values`, which holds these tokens for the ones that follow them. With it given,
+        input_ids are those that follow, and the mask, if there is one, has the columns of both; padding is before the text.
+        `return_dict` changes nothing. Raises ValueError for a cache of another model, for labels with a cache, and for a mask that does
+        not fit.
         """
-        if past_key_values is not None:
-            raise ValueError("past_key_values: this model keeps no cache; leave it out")
-        batch = self._batch(input_ids, attention_mask)
         if labels is None:
-            return CausalLMOutput(logits=self.decoder(batch).logits)
+            return self._predict(input_ids, attention_mask, past_key_values, bool(use_cache), logits_to_keep)
+        if past_key_values is not None:
+            raise ValueError("past_key_values: cannot be given with labels; leave one of them out")
+        batch = self._batch(input_ids, attention_mask)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         own = int((targets >= 0).sum())
         counts = {"target_count": max(int(num_items_in_batch or own), 1), "token_count": batch.tokens.numel()}
-        return CausalLMOutput(loss=self.decoder(BatchInfo(**{**vars(batch), **counts}), targets).loss)
+        return CausalLMOutputWithPast(loss=self.decoder(BatchInfo(**{**vars(batch), **counts}), targets).loss)
+
+    def _predict(
+        self, tokens: Tensor, mask: Tensor | None, past: DecodingCache | None, use_cache: bool, last: int
+    ) -> CausalLMOutputWithPast:
+        """Logits of tokens that follow `past`, and a cache with them where it is wanted."""
+        cache = self._cache(tokens, mask, past) if use_cache or past is not None else None
+        batch = self._batch(tokens, mask) if cache is None else cache.batch(tokens, self.dtype)
+        carry, stats, cache = self.decoder.run_layers(self.decoder.start(batch), batch, cache)
+        carry = carry._replace(hidden=carry.hidden[:, -last:])
+        logits = self.decoder.finish(carry, stats, batch, None).logits
+        return CausalLMOutputWithPast(logits=logits, past_key_values=None if cache is None else DecodingCache(cache))
+
+    def _cache(self, tokens: Tensor, mask: Tensor | None, past: DecodingCache | None) -> Cache:
+        """What `past` holds, or a new cache for rows with padding before the text."""
+        if past is not None and not isinstance(past, DecodingCache):
+            rule = "must be what this model returned with use_cache=True"
+            raise ValueError(f"past_key_values: {rule}, and is a {type(past).__name__}; leave it out")
+        kept = Cache(tokens.new_zeros(len(tokens))) if past is None else past.kept
+        shape = [len(tokens), kept.length + tokens.shape[1]]
+        if mask is None:
+            return kept
+        if list(mask.shape) != shape:
+            raise ValueError(f"attention_mask has shape {list(mask.shape)}; with the cached columns it must be {shape}")
+        padding = kept.padding if past is not None else (mask == 0).sum(1)
+        columns = torch.arange(shape[1], device=mask.device)
+        if not torch.equal(mask.bool(), columns >= padding[:, None]):
+            raise ValueError("attention_mask: with a cache, padding comes before the text; pad left, or give use_cache=False")
+        return Cache(padding) if past is None else kept
 
     def _batch(self, tokens: Tensor, mask: Tensor | None) -> BatchInfo:
         """Each run of padding, and each run of text between, is a document of its own."""

@@ -16,7 +16,7 @@ from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli import dump, load_run, merge, parse
 from moe_train.config import Config
 from moe_train.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from moe_train.evaluate import CONFIG_FILE, PLAIN, TOKENIZER_FILE
+from moe_train.evaluate import CONFIG_FILE, PLAIN, TOKENIZER_FILE, require_language_model
 from moe_train.hf.folders import whole_folder
 from moe_train.model.attention import find_segments
 from moe_train.model.decoder import Decoder
@@ -51,6 +51,7 @@ def open_native(path: Path, overrides: Iterable[str] = ()) -> Native:
     path = dcp.find(path)
     step = read_manifest(path)["step"]
     config = load_run(path / CONFIG_FILE, [*PLAIN, "train.device=cpu", "train.dtype=fp32", *overrides])
+    require_language_model(config, path)
     return Native(path, config, load_tokenizer(path / TOKENIZER_FILE), step)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from moe_train.config import Conflict, ModelConfig
 from moe_train.errors import UserError
 from moe_train.hf.flatten import Flattener
-from moe_train.hf.stock import block_conflict, capacity_conflicts
+from moe_train.hf.stock import block_conflict, export_conflicts
 from moe_train.model.routing import Router, router_class
 from moe_train.routers import registry
 
@@ -50,7 +50,7 @@ EXPORTABLE = (
 
 def check_exportable(model: ModelConfig) -> None:
     """Raise UserError naming every reason why `model` cannot be exported with a modeling file."""
-    name, found = model.router.name, capacity_conflicts(model)
+    name, found = model.router.name, export_conflicts(model)
     if name not in EXPORTABLE:
         reason = REFUSED.get(name, "nobody has tried it; a router is exported once moe_train/hf/remote.py lists it")
         remedy = (

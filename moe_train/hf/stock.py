@@ -8,8 +8,10 @@
 | `head_dim` | `head_dim` | `head_dim` | must be hidden_size / num_heads |
 | `ffn_hidden_size` | `intermediate_size` | `moe_intermediate_size` | `intermediate_size` |
 
-`qk_norm` alone decides the architecture. Sizes, `rope_theta`, `norm_eps`, `tie_embeddings` and `init_std` have a place in all three. A
-shared expert, sigmoid scores, groups of experts and a capacity have a place in none.
+`qk_norm` decides the architecture. A model with one expert in each layer, which every token visits with weight 1, is dense, and becomes
+LlamaForCausalLM, or Qwen3ForCausalLM with `qk_norm` of each head; its router has no place there. Sizes, `rope_theta`, `norm_eps`,
+`tie_embeddings` and `init_std` have a place in all. A shared expert, sigmoid scores, groups of experts and a capacity have a place
+in none.
 
 Shapes: E experts, F expert width, D hidden.
 """
@@ -36,12 +38,15 @@ class Stock:
     always_renormalizes: bool = False
     has_dense_layers: bool = False
     has_head_dim: bool = True
+    dense: bool = False  # an MLP in the place of gate and experts
 
 
 ARCHITECTURES = (
     Stock("mixtral", "MixtralForCausalLM", "block_sparse_moe", ("w1", "w3", "w2"), always_renormalizes=True),
     Stock("qwen3_moe", "Qwen3MoeForCausalLM", expert_size="moe_intermediate_size", qk_norm=True, has_dense_layers=True),
     Stock("olmoe", "OlmoeForCausalLM", qk_norm="width", has_head_dim=False),
+    Stock("llama", "LlamaForCausalLM", dense=True),
+    Stock("qwen3", "Qwen3ForCausalLM", qk_norm=True, dense=True),
 )
 
 _OUTSIDE = {
@@ -64,7 +69,8 @@ _INSIDE = {
 
 def find_stock(model: ModelConfig) -> Stock:
     """The architecture that computes what `model` describes. Raises UserError naming every setting that none has."""
-    stock = next(stock for stock in ARCHITECTURES if stock.qk_norm == model.qk_norm)
+    fitting = [stock for stock in ARCHITECTURES if stock.qk_norm == model.qk_norm]
+    stock = next((stock for stock in fitting if stock.dense == (model.num_experts == 1)), fitting[0])
     if problems := stock_conflicts(stock, model):
         lines = [f"{stock.class_name}: {len(problems)} setting(s) that it has no place for", *(f"  {p}" for p in problems)]
         raise UserError("\n".join(lines))
@@ -91,13 +97,13 @@ def stock_conflicts(stock: Stock, model: ModelConfig) -> list[Conflict]:
         rule = f"{stock.class_name} has no expert that every token visits"
         found.append(Conflict("model.shared_expert_size", model.shared_expert_size, rule, remedy))
     if model.has_dense_layers and not stock.has_dense_layers:
-        rule = f"{stock.class_name} has experts in every layer (Qwen3-MoE, with model.qk_norm, has dense layers)"
+        rule = f"{stock.class_name} has layers of one kind (Qwen3-MoE, with model.qk_norm, has dense layers beside experts)"
         where = "model.num_dense_layers" if model.num_dense_layers else "model.moe_layer_freq"
         found.append(Conflict(where, model.num_dense_layers or model.moe_layer_freq, rule, remedy))
     if not stock.has_head_dim and model.head_size * model.num_heads != model.hidden_size:
         rule = f"{stock.class_name} has hidden_size / num_heads={model.hidden_size / model.num_heads:g}"
         found.append(Conflict("model.head_dim", model.head_size, rule, remedy))
-    return found + capacity_conflicts(model)
+    return found + export_conflicts(model)
 
 
 def block_conflict(model: ModelConfig) -> Conflict:
@@ -106,35 +112,41 @@ def block_conflict(model: ModelConfig) -> Conflict:
     return Conflict("model.block", model.block, "is not exported: only llama is", remedy)
 
 
-def capacity_conflicts(model: ModelConfig) -> list[Conflict]:
-    """A capacity depends on the length of the row, which grows while text is generated."""
-    if model.capacity_factor is None:
-        return []
-    rule = "an exported model is dropless, since the limit would change with every token that is generated"
-    return [Conflict("model.capacity_factor", model.capacity_factor, rule, "add model.capacity_factor=null to the command")]
+def export_conflicts(model: ModelConfig) -> list[Conflict]:
+    """What no exported model has: a capacity, which depends on a row's length and so changes with every token; a head of classes."""
+    found = []
+    if model.capacity_factor is not None:
+        rule = "an exported model is dropless, since the limit would change with every token that is generated"
+        remedy = "add model.capacity_factor=null to the command"
+        found.append(Conflict("model.capacity_factor", model.capacity_factor, rule, remedy))
+    if model.num_classes is not None:
+        rule = "only models that write text are exported, and this one chooses a class"
+        found.append(Conflict("model.num_classes", model.num_classes, rule, "export the model that it was made from"))
+    return found
 
 
 def to_settings(stock: Stock, model: ModelConfig, seq_len: int) -> dict[str, Any]:
     """The keys of transformers' config.json for `model`."""
     router: Any = model.router
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.kv_heads,
-        "num_experts": model.num_experts,
-        "num_experts_per_tok": router.top_k,
         stock.expert_size: model.ffn_hidden_size,
         "max_position_embeddings": seq_len,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
-        "router_aux_loss_coef": router.balance_weight,
     }
     if stock.has_head_dim:
         settings["head_dim"] = model.head_size
+    if stock.dense:
+        return settings
+    experts = {"num_experts": model.num_experts, "num_experts_per_tok": router.top_k}
+    settings |= experts | {"router_aux_loss_coef": router.balance_weight}
     if not stock.always_renormalizes:
         settings["norm_topk_prob"] = router.renormalize
     if stock.has_dense_layers:
@@ -165,7 +177,7 @@ def from_settings(settings: dict[str, Any]) -> tuple[Stock, dict[str, Any]]:
         "num_heads": settings["num_attention_heads"],
         "num_kv_heads": settings["num_key_value_heads"],
         "head_dim": settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
-        "num_experts": settings.get("num_experts") or settings["num_local_experts"],
+        "num_experts": 1 if stock.dense else settings.get("num_experts") or settings["num_local_experts"],
         "ffn_hidden_size": settings[stock.expert_size],
         "moe_layer_freq": 1 if all(placed) else placed,
         "dense_ffn_hidden_size": settings["intermediate_size"] if stock.has_dense_layers else None,
@@ -174,14 +186,20 @@ def from_settings(settings: dict[str, Any]) -> tuple[Stock, dict[str, Any]]:
         "init_std": settings["initializer_range"],
         "tie_embeddings": settings["tie_word_embeddings"],
         "qk_norm": stock.qk_norm,
-        "router": {
-            "name": "topk",
-            "top_k": settings["num_experts_per_tok"],
-            "renormalize": settings.get("norm_topk_prob", True),
-            "balance_weight": settings["router_aux_loss_coef"],
-        },
+        "router": _router_of(stock, settings),
     }
     return stock, model
+
+
+def _router_of(stock: Stock, settings: dict[str, Any]) -> dict[str, Any]:
+    if stock.dense:  # its one score is 1, whatever its weight is
+        return {"name": "topk", "top_k": 1, "renormalize": False, "balance_weight": 0.0}
+    return {
+        "name": "topk",
+        "top_k": settings["num_experts_per_tok"],
+        "renormalize": settings.get("norm_topk_prob", True),
+        "balance_weight": settings["router_aux_loss_coef"],
+    }
 
 
 def _foreign(settings: dict[str, Any]) -> list[Conflict]:
@@ -189,6 +207,7 @@ def _foreign(settings: dict[str, Any]) -> list[Conflict]:
     only = {
         "hidden_act": "silu",
         "attention_bias": False,
+        "mlp_bias": False,
         "sliding_window": None,
         "clip_qkv": None,
         "attention_dropout": 0.0,
@@ -215,9 +234,9 @@ def names_of(stock: Stock, name: str, experts: int) -> Names | None:
         return f"{layer}.{_INSIDE[rest]}"
     if rest == "mlp.gate_up":
         return [f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"]
-    inside = [f"{layer}.{stock.block}.experts.{expert}" for expert in range(experts)]
+    inside = [f"{layer}.{stock.block}" + f".experts.{expert}" * (not stock.dense) for expert in range(experts)]
     known: dict[str, Names | None] = {
-        "mlp.router.weight": f"{layer}.{stock.block}.gate.weight",
+        "mlp.router.weight": None if stock.dense else f"{layer}.{stock.block}.gate.weight",
         "mlp.router.fractions": None,  # the last step's loads, for the next step's balance loss
         "mlp.experts.gate_up": [[f"{expert}.{gate}.weight", f"{expert}.{up}.weight"] for expert in inside],
         "mlp.experts.down": [f"{expert}.{down}.weight" for expert in inside],

@@ -17,12 +17,13 @@ from moe_train.model.routing import BatchInfo, Segments
 Rotary = tuple[Tensor, Tensor]
 KeyValues = tuple[Tensor, Tensor]  # [B, S, G, d] each
 Attend = Callable[[Tensor, Tensor, Tensor, "Segments | None"], Tensor]
+RunsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with RoPE and optional RMSNorm on query and key heads.
 
-    `attend` is replaced from outside where ranks share positions out.
+    `attend` is replaced from outside: by another kernel, and where ranks share positions out.
     """
 
     attend: Attend
@@ -65,9 +66,12 @@ def _norm_heads(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """q [B, S, H, d], k and v [B, S, G, d] -> [B, S, H, d]: causal, inside documents where `segments` gives them."""
+    """q [B, S, H, d], k and v [B, S, G, d] -> [B, S, H, d]: causal, inside documents where `segments` gives them.
+
+    torch's own kernels: scaled_dot_product_attention, and the variable-length form of its flash attention for bounds.
+    """
     if segments is not None and segments.bounds is not None:
-        return _attend_packed(q, k, v, segments.bounds)
+        return attend_runs(_varlen, q, k, v, segments)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if segments is None else segments.mask
     grouped = q.shape[1] != k.shape[1]
@@ -75,26 +79,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor
     return out.transpose(1, 2)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+def attend_runs(kernel: RunsKernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """q [B, Q, H, d], k and v [B, S, G, d] -> [B, Q, H, d] through the variable-length form of a flash attention.
+
+    `kernel` takes q [n, H, d], k and v [m, G, d], the bounds of runs in both, and upper bounds of their lengths; a run's last query
+    sees its last key.
+    """
+    rows, queries, keys = *q.shape[:2], k.shape[1]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    bounds = segments.bounds
+    if segments.keys is not None:
+        k, v, bounds = k[segments.keys], v[segments.keys], segments.key_bounds
+    return kernel(q, k, v, segments.bounds, bounds, queries, keys).unflatten(0, (rows, queries))
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_bounds: Tensor, k_bounds: Tensor, longest_q: int, longest_k: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # absent from builds without flash attention
 
-    rows, length, groups = q.shape[0], q.shape[1], q.shape[2] // k.shape[2]
+    groups = q.shape[1] // k.shape[1]
     if groups > 1:  # the `enable_gqa` argument is newer than torch 2.11
-        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    out = varlen_attn(q, k, v, bounds, bounds, length, length, window_size=(-1, 0))
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = varlen_attn(q, k, v, q_bounds, k_bounds, longest_q, longest_k, window_size=(-1, 0))
     assert isinstance(out, Tensor)  # a tuple only where further results are asked for
-    return out.unflatten(0, (rows, length))
+    return out
 
 
 def find_segments(doc_ids: Tensor, device: torch.device, dtype: torch.dtype) -> Segments | None:
-    """The documents of packed rows, doc_ids [B, S] on the CPU, as `device`'s attention takes them; None if each row is one document.
+    """The documents of packed rows, doc_ids [B, S] on the CPU, as `attend` takes them; None if each row is one document.
 
     On CUDA in half precision these are bounds for variable-length flash attention; elsewhere it is a mask.
     """
+    return find_documents(doc_ids, device, device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+
+
+def find_documents(doc_ids: Tensor, device: torch.device, bounds: bool) -> Segments | None:
+    """The same as bounds, or as a mask."""
     if bool((doc_ids == doc_ids[:, :1]).all()):
         return None
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if bounds:
         return Segments(bounds=document_bounds(doc_ids).to(device, non_blocking=True))
     same = doc_ids[:, :, None] == doc_ids[:, None, :]
     return Segments(mask=same.tril()[:, None].to(device, non_blocking=True))

@@ -39,6 +39,7 @@ class Cache:
     padding: Tensor  # [B] int64, columns before each row's first token
     length: int = 0  # P
     layers: dict[str, Past] = field(default_factory=dict)  # by layer name
+    label: int = 0  # of the rows' documents
 
     def batch(self, tokens: Tensor, dtype: torch.dtype) -> BatchInfo:
         """The batch that puts tokens [B, S] int64 after what is kept, for a model that computes in `dtype`."""
@@ -55,7 +56,7 @@ class Cache:
             tokens=tokens,
             positions=positions[:, -new:],
             doc_ids=doc_ids[:, -new:].long(),
-            labels=torch.zeros_like(tokens),
+            labels=torch.full_like(tokens, self.label),
             rows=torch.arange(rows, device=tokens.device),
             segments=segments,
         )

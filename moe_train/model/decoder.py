@@ -95,7 +95,9 @@ class Decoder(nn.Module):
         self.shared_router = router.make_shared(config.router, config, kernels)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels) if llama else nn.Identity()
         head = Head if llama else BiasedHead
-        self.head = head(config.hidden_size, config.vocab_size, config.init_std, kernels, config.tie_embeddings)
+        self.head = head(
+            config.hidden_size, config.num_classes or config.vocab_size, config.init_std, kernels, config.tied_head
+        )
         self.state_size = router.state_size_of(config.router, config)
 
     def forward(
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
         logits are those of the last column.
         """
         if targets is not None and self.training and router_class(self.config.router).two_passes:
-            return self._agree(batch, targets)
+            return self._agree(batch, targets, cache)
         carry, stats, cache = self.run_layers(self.start(batch) if carry is None else carry, batch, cache)
         if self.norm is None:
             return Output(carry, stats)
@@ -164,12 +166,15 @@ class Decoder(nn.Module):
             loss = loss + (weights[name] / batch.token_count) * value
         return Output(carry, stats, loss=loss, token_loss=token_loss)
 
-    def _agree(self, batch: BatchInfo, targets: Tensor) -> Output:
-        """The loss of two passes over each row, with random numbers of their own, and of the difference of their predictions."""
+    def _agree(self, batch: BatchInfo, targets: Tensor, cache: Cache | None) -> Output:
+        """The loss of two passes over each row, with random numbers of their own, and of the difference of their predictions.
+
+        Both see the `cache`; the one that is returned is that of the first pass.
+        """
         assert self.norm is not None
         assert self.head is not None
-        both = batch.twice()
-        carry, stats, _ = self.run_layers(self.start(both), both)
+        both, rows = batch.twice(), list(range(len(targets)))
+        carry, stats, cache = self.run_layers(self.start(both), both, None if cache is None else cache.take(rows + rows))
         output = self.finish(carry, stats, both, targets.repeat(2, 1))
         assert output.loss is not None
         assert output.token_loss is not None
@@ -177,7 +182,8 @@ class Decoder(nn.Module):
         one, other = self.norm(carry.hidden).chunk(2)
         difference = self.head.difference(one, other, self._tied_weight(), coef)
         loss = output.loss + self.config.router.loss_weights()["consistency"] * difference
-        return output._replace(loss=loss, token_loss=torch.stack(output.token_loss.chunk(2)).mean(0))
+        cache = None if cache is None else cache.take(rows)
+        return output._replace(loss=loss, token_loss=torch.stack(output.token_loss.chunk(2)).mean(0), cache=cache)
 
     def _tied_weight(self) -> Tensor | None:
-        return self.embedding.weight if self.config.tie_embeddings and self.embedding is not None else None
+        return self.embedding.weight if self.config.tied_head and self.embedding is not None else None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moe_kernels import Backend
@@ -77,7 +78,8 @@ def run_in_turn(routed: Callable[[], Tensor], shared: Callable[[], Tensor]) -> t
 class MoE(nn.Module):
     """Router, experts and an optional shared expert that every token visits: the router decides, then `plan`, then `mix`.
 
-    `run_both` runs the experts and the shared expert; parallelism replaces it, to hide communication, as it does `dispatcher`.
+    `run_both` runs the experts, with their plan, and the shared expert; parallelism replaces it, to hide communication and the wait
+    for row counts, as it does `dispatcher`.
     """
 
     run_both: Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
@@ -114,10 +116,9 @@ class MoE(nn.Module):
         routing = self.router(x, carry.state, batch, shared, memory)
         if self.config.capacity_factor is not None:
             routing = drop_over_capacity(routing, batch, self.config)
-        experts = self.plan(routing)
-        if drop is not None:
-            experts = experts._replace(experts=partial(self.experts, drop=drop))
-        out = run(self.mix, x, routing, experts)
+        routed = partial(self.run_routed, x, routing, run, drop)
+        shared_expert = self.shared_expert
+        out = routed() if shared_expert is None else torch.add(*self.run_both(routed, partial(run, shared_expert, x)))
         weights = self.router.config.loss_weights()
         loss = carry.loss
         for name, value in routing.losses.items():
@@ -129,9 +130,15 @@ class MoE(nn.Module):
         """The experts, ready for what the router decided. Ranks may exchange row counts here."""
         return PlannedExperts(self.experts, self.dispatcher, self.dispatcher.plan(routing.expert_ids))
 
+    def run_routed(self, x: Tensor, routing: Routing, run: Callable[..., Any], drop: Drop | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D], what the chosen experts make of it. `plan` is part of this and not of what `run` may run again:
+        a rank may wait in it for row counts, while a shared expert that `run_both` has started computes."""
+        experts = self.plan(routing)
+        if drop is not None:
+            experts = experts._replace(experts=partial(self.experts, drop=drop))
+        out: Tensor = run(self.mix, x, routing, experts)
+        return out
+
     def mix(self, x: Tensor, routing: Routing, experts: PlannedExperts) -> Tensor:
-        """x [B, S, D], what the router decided and `plan` gave -> [B, S, D]."""
-        if self.shared_expert is None:
-            return self.router.mix(x, routing, experts)
-        routed, shared = self.run_both(lambda: self.router.mix(x, routing, experts), partial(self.shared_expert, x))
-        return routed + shared
+        """x [B, S, D], what the router decided and `plan` gave -> [B, S, D], without the shared expert."""
+        return self.router.mix(x, routing, experts)

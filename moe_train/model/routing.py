@@ -28,16 +28,40 @@ class Carry(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """The documents of packed rows, in the form that the device's attention takes: one of the two is there."""
+    """Which keys a query sees, in the form that the attention takes: a mask, or bounds of runs, or blocks.
+
+    A run is some consecutive queries of one document, its last one at its last key. Without `keys` they are the documents.
+    """
 
     mask: Tensor | None = None  # [B, 1, queries, keys] bool, True where a query sees a key
-    bounds: Tensor | None = None  # [n + 1] int32, first token of each document in the flattened rows, then B * S
+    bounds: Tensor | None = None  # [n + 1] int32, first query of each run in the flattened rows of queries, then their number
+    keys: Tensor | None = (
+        None  # [m] int64, in the flattened rows of keys: those that each run sees, one run's behind the other's
+    )
+    key_bounds: Tensor | None = None  # [n + 1] int32, the runs in `keys`
+    blocks: Any = None  # torch.nn.attention.flex_attention.BlockMask
 
-    def twice(self) -> Segments:
-        """Those of the rows and of a copy of each."""
-        if self.bounds is not None:
-            return Segments(bounds=torch.cat([self.bounds[:-1], self.bounds[-1] + self.bounds]))
-        return Segments(mask=None if self.mask is None else torch.cat([self.mask, self.mask]))
+    def twice(self, key_count: int) -> Segments:
+        """Those of the rows, with `key_count` keys in all, and of a copy of each."""
+        return Segments(
+            mask=None if self.mask is None else torch.cat([self.mask, self.mask]),
+            bounds=None if self.bounds is None else _after(self.bounds, self.bounds),
+            keys=None if self.keys is None else torch.cat([self.keys, self.keys + key_count]),
+            key_bounds=None if self.key_bounds is None else _after(self.key_bounds, self.key_bounds),
+            blocks=None if self.blocks is None else _double_blocks(self.blocks),
+        )
+
+
+def _after(bounds: Tensor, others: Tensor) -> Tensor:
+    """The bounds of some runs and of others behind them."""
+    return torch.cat([bounds[:-1], bounds[-1] + others])
+
+
+def _double_blocks(blocks: Any) -> Any:
+    """A block mask whose function takes its row modulo the rows that there are."""
+    parts = (blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    doubled = (None if x is None else torch.cat([x, x]) for x in parts)
+    return type(blocks).from_kv_blocks(*doubled, blocks.BLOCK_SIZE, blocks.mask_mod, blocks.seq_lengths)
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,7 @@ class BatchInfo:
             doc_ids=doc_ids,
             labels=labels,
             rows=torch.cat([self.rows, -1 - self.rows]),
-            segments=None if self.segments is None else self.segments.twice(),
+            segments=None if self.segments is None else self.segments.twice(self.tokens.numel()),
         )
 
 

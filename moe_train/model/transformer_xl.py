@@ -24,7 +24,7 @@ Shapes: B rows, S positions, n rows kept, D hidden, F MLP width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,21 +167,39 @@ def _with_one(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Memory(Cache):
-    """What layers got for at most `most` columns before a batch, without gradients. Rows are not padded, and none is taken out."""
+    """What layers got for at most `most` columns before a batch, without gradients. Rows are not padded."""
 
-    most: int = 0
+    most: int = field(kw_only=True)
+    before: Tensor = field(kw_only=True)  # [B] int64 on the CPU: tokens until now of the document in which each row has stopped
 
     @staticmethod
     def start(rows: int, most: int, device: torch.device | str = "cpu") -> Memory:
         """Nothing yet, for batches of so many `rows`."""
-        return Memory(torch.zeros(rows, dtype=torch.int64, device=device), most=most)
+        nothing = torch.zeros(rows, dtype=torch.int64)
+        return Memory(nothing.to(device), most=most, before=nothing)
+
+    def go_on(self, positions: Tensor, doc_ids: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+        """Positions [B, S] that count on where rows go on with a document of the rows before, and the memory with the new `before`.
+
+        All int64 [B, S] on the CPU, as the loader gives them: positions and documents counted from the start of the row, and a last
+        target (not -100) where the document goes on after the row.
+        """
+        positions = positions + (doc_ids == doc_ids[:, :1]) * self.before[:, None]
+        before = torch.where(targets[:, -1] >= 0, positions[:, -1] + 1, 0)
+        return positions, replace(self, before=before)
 
     def extend(self, columns: int, layers: dict[str, Past]) -> Memory:
         """With so many more columns, which are in `layers` already, but for those that are too far back."""
         length = min(self.length + columns, self.most)
         return replace(self, length=length, layers={name: _cut(past, length) for name, past in layers.items()})
 
+    def take(self, rows: list[int]) -> Memory:
+        """Of these rows alone, in this order."""
+        taken = super().take(rows)
+        return replace(self, padding=taken.padding, layers=taken.layers, before=self.before[rows])
+
 
 def _cut(past: Past, length: int) -> Past:
-    seen = None if past.seen is None else tuple(rows[:, rows.shape[1] - length :].detach() for rows in past.seen)
+    # Copies, since a slice would keep all columns alive until the next batch.
+    seen = None if past.seen is None else tuple(rows.detach()[:, rows.shape[1] - length :].clone() for rows in past.seen)
     return Past(seen, tree_map_only(Tensor, Tensor.detach, past.memory))

@@ -8,6 +8,8 @@ import torch
 
 from moe_kernels import Backend
 from moe_train.config import Config
+from moe_train.model.attention import Attention
+from moe_train.model.attention_kernels import AttentionKernel, choose_attention
 from moe_train.model.decoder import Decoder
 from moe_train.parallel.context import apply_context
 from moe_train.parallel.expert import apply_expert
@@ -26,10 +28,19 @@ def parallelize(model: Decoder, layout: Layout, config: Config, world: World, ke
         apply_expert(model, layout.experts["ep", "expert_tp"], kernels)
     if parallel.tp > 1:
         apply_tensor(model, layout.dense["tp"])
+    apply_attention(model, choose_attention(config.kernels.attention, world.device, world.dtype, config.model.head_size))
     if parallel.cp > 1:
         apply_context(model, layout.group("cp"), parallel.cp_method)
     apply_recompute(model, config.train.recompute)
     if config.train.compile:
         for block in model.layers.values():
             block.compile()
-    shard(model, layout, parallel, world)
+    if config.engine.name == "native":
+        shard(model, layout, parallel, world)
+
+
+def apply_attention(model: Decoder, kernel: AttentionKernel) -> None:
+    """Let the attention of `model` be computed by `kernel`, in place."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = kernel.attend

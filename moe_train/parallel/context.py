@@ -1,7 +1,8 @@
 """Context parallelism: the ranks of `cp` share out the positions of each row; only attention looks across them.
 
 `gather`: a rank has some queries and gathers all keys and values. Positions are dealt in 2 cp chunks, of which rank r holds r and
-2 cp - 1 - r (zigzag), so that causal attention costs each rank the same. Queries see keys through a mask of positions and documents.
+2 cp - 1 - r (zigzag), so that causal attention costs each rank the same. The kernel learns which keys each query sees
+(`moe_train.model.attention_kernels`).
 `ulysses` (arXiv 2309.14509): an all-to-all gives each rank whole rows of some heads, and back; positions are dealt in order.
 
 Shapes: B rows, S positions, S_context positions of this rank, H query heads, G key and value heads, d head width.
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_train.model.attention import Attention, attend
+from moe_train.model.attention import Attend, Attention
 from moe_train.model.decoder import Decoder
 from moe_train.model.routing import Segments, Sharing
 from moe_train.parallel.collectives import all_gather, all_reduce, all_to_all
@@ -43,40 +44,34 @@ def apply_context(model: Decoder, group: dist.ProcessGroup, method: str) -> None
     """Let the attention of `model` work over the ranks of `group`, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = GatheredAttention(group) if method == "gather" else UlyssesAttention(group)
-
-
-def segments_for_queries(doc_ids: Tensor, queries: Tensor) -> Segments:
-    """Which keys of whole rows the queries at some positions see: doc_ids [B, S], queries [S_context] -> mask [B, 1, S_context, S]."""
-    causal = queries[:, None] >= torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    same = doc_ids[:, queries, None] == doc_ids[:, None, :]
-    return Segments(mask=(same & causal)[:, None])
+            across = GatheredAttention if method == "gather" else UlyssesAttention
+            module.attend = across(group, module.attend)
 
 
 class GatheredAttention:
     """Own queries against everyone's keys and values."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, attend: Attend) -> None:
+        self.group, self.attend = group, attend
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
         """q [B, S_context, H, d], k and v [B, S_context, G, d] -> [B, S_context, H, d]."""
-        assert segments is not None  # the engine makes a mask for this rank's queries
+        assert segments is not None  # the engine says what this rank's queries see
         both = all_gather(torch.stack([k, v]), 2, self.group)
         order = deal(both.shape[2], self.group.size(), "gather").flatten().argsort()
         k, v = both[:, :, order.to(both.device)].unbind()
-        return attend(q, k, v, segments)
+        return self.attend(q, k, v, segments)
 
 
 class UlyssesAttention:
     """Whole rows of some heads."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, attend: Attend) -> None:
+        self.group, self.attend = group, attend
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
         """q [B, S_context, H, d], k and v [B, S_context, G, d] -> [B, S_context, H, d]."""
-        out = attend(self._heads(q), self._heads(k), self._heads(v), segments)
+        out = self.attend(self._heads(q), self._heads(k), self._heads(v), segments)
         parts = out.unflatten(1, (self.group.size(), -1)).movedim(1, 0)  # [cp, B, S_context, H / cp, d]
         return self._exchange(parts).movedim(0, 2).flatten(2, 3)
 

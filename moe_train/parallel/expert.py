@@ -44,7 +44,10 @@ def apply_expert(model: Decoder, mesh: DeviceMesh, kernels: Backend) -> None:
 
 
 def run_side_by_side(routed: Callable[[], Tensor], shared: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """The shared expert on a stream of its own, where it computes while rows travel. Autograd runs its backward there, too."""
+    """The shared expert on a stream of its own, where it computes while the host waits for row counts and rows travel.
+
+    Autograd runs its backward there, too.
+    """
     main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
     side.wait_stream(main)
     with torch.cuda.stream(side):

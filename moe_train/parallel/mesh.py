@@ -1,6 +1,7 @@
 """Process group, device and device mesh of a run."""
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_train.config import Config, ParallelSection
+from moe_train.config.layout import check_layout
 from moe_train.errors import UserError
 
 
@@ -31,14 +33,15 @@ class World:
 def start_world(config: Config) -> World:
     """Check the layout, then start the process group: NCCL on CUDA, gloo on CPU; one process without torchrun is a world of one."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if problems := config.layout_conflicts(size):
-        raise UserError("\n".join([f"layout on {size} ranks: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+    check_layout(config, size)
     device, why = _choose_device(config)
     dtype, numbers = _choose_dtype(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:  # else gloo listens on the interface of the host's name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)

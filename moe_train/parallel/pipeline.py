@@ -86,7 +86,7 @@ def _cut(model: Decoder, layers: list[str], first: bool, last: bool) -> Decoder:
     for name in list(part.layers):
         if name not in layers:
             del part.layers[name]
-    if not first and not (last and model.config.tie_embeddings):
+    if not first and not (last and model.config.tied_head):
         part.embedding = None
     if not last:
         part.norm = part.head = None

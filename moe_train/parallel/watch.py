@@ -46,7 +46,8 @@ class Watch:
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
         self.world, self.timeout = world, timeout_seconds
-        self.interval = min(2.0, timeout_seconds / 10)
+        # A run that is started again waits for the report, so that signs are frequent where they are few.
+        self.interval = min(2.0, 1.0 + world.size / 1000, timeout_seconds / 10)
         self.step = 0
         self._beats, self._state, self._main = 0, "running", threading.get_ident()
         self._ended = threading.Event()
@@ -70,6 +71,14 @@ class Watch:
         self._ended.set()
         self._state = "done" if error is None else f"ended with {type(error).__name__}"
         within(LONGEST_WAIT, self._write)
+
+    def everyone(self) -> list[str]:
+        """What each rank has written last, a line for each; empty where there are no others, or they cannot be asked."""
+        signs = within(LONGEST_WAIT, self._exchange) if self._store is not None else None
+        return [
+            f"rank {rank}: {sign.state}, at step {sign.step} in {sign.place} (sign {sign.beats})"
+            for rank, sign in sorted((signs or {}).items())
+        ]
 
     def _beat(self) -> None:
         while not self._ended.wait(self.interval):

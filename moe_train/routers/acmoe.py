@@ -11,7 +11,8 @@ language models (github.com/Fsoft-AIC/Tight-Clusters-Make-Specialized-Experts, `
 
 W is a constant: gradients reach x and v. Other dispersions, as the released code has them, are neither clipped nor divided by a mean:
 `variance`, 1 / (var + 0.1), and `pairwise`, 1 / (mean |x_q - y_q| over the pairs of the cluster + 1e-4). `mix_weights` takes the
-mean of the W of all top_k experts of the layer before, by their routing weights. Experts get the row as it is.
+mean of the W of all top_k experts of the layer before, by their routing weights. `scoring: linear` is a linear gate with a bias, as the
+code's `smoe_base`: s = (x * W_c) C + b. Experts get the row as it is.
 
 Causal by default: M is a running mean of earlier steps' statistics, which are the same for every row and at decoding. Deviations are
 taken around the mean that is kept, so that one pass over the tokens is enough; a cluster takes part after its second step with two
@@ -39,9 +40,9 @@ from torch.nn import functional as F
 
 from moe_kernels import Backend
 from moe_train.config import Conflict, ModelConfig, Probability
-from moe_train.model.init import Constant, Orthogonal
+from moe_train.model.init import Constant, Normal, Orthogonal
 from moe_train.model.routing import BatchInfo, Routing, register
-from moe_train.routers.topk import SMALLEST_SUM, TokenChoice, TokenChoiceConfig
+from moe_train.routers.topk import SMALLEST_SUM, TokenChoice, TokenChoiceConfig, with_bias
 
 OFFSETS = {"mad": 1e-4, "variance": 0.1, "pairwise": 1e-4}  # what keeps 1 / dispersion finite
 CLIP = 10.0  # largest weight, as a multiple of the mean weight
@@ -63,6 +64,8 @@ class ACMoEConfig(TokenChoiceConfig):
     """how a cluster's spread is measured: mean absolute deviation, variance, or mean difference of pairs"""
     mix_weights: bool = False
     """mean over the clusters of all top_k experts of the layer before, instead of the first one's alone"""
+    scoring: Literal["direction", "linear"] = "direction"
+    """how scaled rows are compared with experts: by the directions of embeddings, or by a linear gate with a bias"""
     momentum: Probability = 0.9
     """share of the kept statistics that a step leaves as it is"""
 
@@ -101,8 +104,11 @@ class ACMoERouter(TokenChoice):
     def __init__(self, config: ACMoEConfig, model: ModelConfig, layer: int, kernels: Backend) -> None:
         super().__init__(config, model, layer, kernels)
         shape = model.num_experts, model.hidden_size
+        linear = config.scoring == "linear"
         self.embedding = nn.Parameter(torch.empty(shape))
-        self.initial["embedding"] = Orthogonal(GAIN)
+        self.initial["embedding"] = Normal(model.init_std) if linear else Orthogonal(GAIN)
+        self.bias = nn.Parameter(torch.empty(shape[0])) if linear else None
+        self.initial["bias"] = Constant(0.0)
         self.adaptive = layer in config.adaptive_layers(model)
         self.least = 1 if config.dispersion == "pairwise" else 2  # pairs or tokens that a cluster needs
         if self.adaptive and config.causal:
@@ -123,7 +129,10 @@ class ACMoERouter(TokenChoice):
         if self.adaptive:
             weights, stats = self._adapt(x.to(state.dtype), state, batch)
             scored = x * weights.to(x.dtype)
-        routing = self.choose(scored, F.normalize(self.embedding, dim=-1), state, batch)
+        rows, weight = scored, F.normalize(self.embedding, dim=-1)
+        if self.bias is not None:
+            rows, weight = with_bias(scored, self.embedding, self.bias)
+        routing = self.choose(rows, weight, state, batch)
         return routing._replace(state=self._labels(routing, state), stats=routing.stats | stats)
 
     @torch.no_grad()

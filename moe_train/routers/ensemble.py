@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import Backend
 from moe_train.config import ModelConfig
-from moe_train.model.routing import BatchInfo, Router, Routing, register
-from moe_train.routers.pooling import Gate, Memory, PooledConfig, find_units, unit_stats
+from moe_train.model.routing import BatchInfo, Routing, register
+from moe_train.routers.pooling import GatedRouter, Memory, PooledConfig, find_units, unit_stats
 
 
 class EnsembleConfig(PooledConfig):
@@ -31,14 +30,10 @@ class EnsembleConfig(PooledConfig):
 
 
 @register(EnsembleConfig)
-class EnsembleRouter(Router):
+class EnsembleRouter(GatedRouter):
     """One layer; see the module's docstring."""
 
     config: EnsembleConfig
-
-    def __init__(self, config: EnsembleConfig, model: ModelConfig, layer: int, kernels: Backend) -> None:
-        super().__init__(config, model, layer, kernels)
-        self.gate = Gate(config, model.hidden_size, model.num_experts)
 
     def forward(
         self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: Memory | None = None

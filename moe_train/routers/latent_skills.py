@@ -13,7 +13,7 @@ Traps: the routing is the label's, so a corpus without labels learns one mixture
 table (label mod num_labels); weight decay pulls w to 0, which is p = 1 / E.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -31,6 +31,7 @@ from moe_train.routers.pooling import document_units, draw
 class LatentSkillsConfig(MergingConfig):
     """Keys of latent skills."""
 
+    reads_labels: ClassVar[bool] = True
     name: Literal["latent_skills"] = "latent_skills"
     """each label of text learns which experts it merges"""
     num_labels: PositiveInt = 8

@@ -28,10 +28,11 @@ from pydantic import NonNegativeInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_train.config import RouterConfig
+from moe_kernels import Backend
+from moe_train.config import ModelConfig, RouterConfig
 from moe_train.errors import UserError
 from moe_train.model.init import Constant, Initial, Normal
-from moe_train.model.routing import BatchInfo, Routing
+from moe_train.model.routing import BatchInfo, Router, Routing
 from moe_train.routers.balance import count_choices
 
 LEAK = "a token's routing is decided from the mean of its whole document, tokens after it included"
@@ -187,6 +188,14 @@ class Gate(nn.Module):
             weight = F.layer_norm(weight, weight.shape[-1:], self.weight_gain)
         logits = F.linear(self.normalise(units.features), weight)
         return torch.where(units.first[:, None], self.first, logits) if self.by_segment else logits
+
+
+class GatedRouter(Router):
+    """A router whose gate has a logit for each expert."""
+
+    def __init__(self, config: PooledConfig, model: ModelConfig, layer: int, kernels: Backend) -> None:
+        super().__init__(config, model, layer, kernels)
+        self.gate = Gate(config, model.hidden_size, model.num_experts)
 
 
 @torch.no_grad()

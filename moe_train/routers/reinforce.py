@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from moe_kernels import Backend
 from moe_train.config import ModelConfig
 from moe_train.model.init import Constant, Initial, Normal
-from moe_train.model.routing import BatchInfo, Router, Routing, register
-from moe_train.routers.pooling import Gate, Memory, PooledConfig, choose_one, draw, find_units, gumbel
+from moe_train.model.routing import BatchInfo, Routing, register
+from moe_train.routers.pooling import GatedRouter, Memory, PooledConfig, choose_one, draw, find_units, gumbel
 
 
 class ReinforceConfig(PooledConfig):
@@ -50,7 +50,7 @@ class ReinforceConfig(PooledConfig):
 
 
 @register(ReinforceConfig)
-class ReinforceRouter(Router):
+class ReinforceRouter(GatedRouter):
     """One layer; see the module's docstring."""
 
     config: ReinforceConfig
@@ -59,7 +59,6 @@ class ReinforceRouter(Router):
         super().__init__(config, model, layer, kernels)
         self.column, self.layers = 2 * list(model.moe_layers).index(layer), len(model.moe_layers)
         width = max(model.hidden_size // 8, 1)
-        self.gate = Gate(config, model.hidden_size, model.num_experts)
         self.baseline_in = nn.Parameter(torch.empty(width, model.hidden_size))
         self.baseline_out = nn.Parameter(torch.empty(1, width))
         self.baseline_bias = nn.Parameter(torch.empty(1))

@@ -22,10 +22,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from moe_kernels import Backend
-from moe_train.config import ModelConfig
-from moe_train.model.routing import BatchInfo, Router, Routing, register
-from moe_train.routers.pooling import Gate, Memory, PooledConfig, choose_one, draw, find_units, gumbel
+from moe_train.model.routing import BatchInfo, Routing, register
+from moe_train.routers.pooling import GatedRouter, Memory, PooledConfig, choose_one, draw, find_units, gumbel
 
 
 class StGumbelConfig(PooledConfig):
@@ -54,14 +52,10 @@ class StGumbelConfig(PooledConfig):
 
 
 @register(StGumbelConfig)
-class StGumbelRouter(Router):
+class StGumbelRouter(GatedRouter):
     """One layer; see the module's docstring."""
 
     config: StGumbelConfig
-
-    def __init__(self, config: StGumbelConfig, model: ModelConfig, layer: int, kernels: Backend) -> None:
-        super().__init__(config, model, layer, kernels)
-        self.gate = Gate(config, model.hidden_size, model.num_experts)
 
     def forward(
         self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: Memory | None = None

@@ -17,7 +17,7 @@ the target of the distillation is spread evenly over the top k; it evaluates wit
 one that trains; its balance loss weighs only the chosen scores, here it is the one that all routers share.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -33,6 +33,8 @@ from moe_train.routers.topk import TokenChoice, TokenChoiceConfig
 
 class StableMoEConfig(TokenChoiceConfig):
     """StableMoE's keys."""
+
+    freezes: ClassVar[bool] = True
 
     name: Literal["stablemoe"] = "stablemoe"
     """StableMoE: routing is learned, distilled into a router by word, and frozen"""

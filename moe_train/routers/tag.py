@@ -8,7 +8,7 @@ State: none. Cost: one expert. Traps: a corpus without labels sends every token 
 two tasks did in the published comparison; nothing is learned, so the labels' sizes are the experts' loads.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeInt
@@ -23,6 +23,7 @@ from moe_train.routers.balance import count_choices
 class TagConfig(RouterConfig):
     """Keys of routing by label."""
 
+    reads_labels: ClassVar[bool] = True
     name: Literal["tag"] = "tag"
     """the document's label chooses the expert"""
     top_k: Literal[1] = 1

@@ -79,6 +79,10 @@ class VQMoEConfig(TokenChoiceConfig):
         """Those of both branches."""
         return 1 if self.branches == "discrete" else self.top_k + 1
 
+    def left_out(self) -> tuple[str, ...]:
+        """The continuous branch, in fine-tuning without it."""
+        return ("embedding", "mixer", "mixer_bias") if self.branches == "discrete" else ()
+
     def loss_weights(self) -> dict[str, float]:
         """Weight of each entry of Routing.losses."""
         return {**super().loss_weights(), "codebook": self.codebook_weight, "commitment": self.commitment_weight}

@@ -20,6 +20,7 @@ from moe_train.checkpoint.manifest import read_manifest
 EVERY = 3  # steps between checkpoints
 PATIENCE = 2.0  # seconds
 TIMINGS = {"tokens_per_second", "step_seconds", "mfu", "mfu_full"}
+TIMINGS |= {"slowest_rank", "slowest_seconds", "others_seconds"}
 NUMBERS = re.compile(r"^step +(\d+)/", re.MULTILINE)
 
 

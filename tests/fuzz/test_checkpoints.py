@@ -20,7 +20,7 @@ from moe_train.checkpoint import dcp
 from moe_train.cli import parse
 from moe_train.evaluate import restore
 from moe_train.parallel.mesh import start_world
-from moe_train.train import Trainer, settle_vocabulary, train
+from moe_train.train import Trainer, pretraining, settle_vocabulary, train
 
 STEP = 2
 JSON = st.recursive(
@@ -70,7 +70,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
     folder = train(config)
     try:
         [checkpoint] = dcp.checkpoints(folder / "checkpoints")
-        trainer = Trainer(config, start_world(config), tokenizer, folder)
+        world = start_world(config)
+        config, feed = pretraining(config, world, tokenizer)
+        trainer = Trainer(config, world, tokenizer, folder, feed)
         yield Saved(trainer, checkpoint, {path.name: path.read_bytes() for path in checkpoint.iterdir()})
     finally:
         dist.destroy_process_group()

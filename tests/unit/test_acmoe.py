@@ -153,17 +153,22 @@ def test_equally_tight_clusters_change_nothing() -> None:
     torch.testing.assert_close(one.weights, two.weights)
 
 
+@pytest.mark.parametrize("scoring", ["direction", "linear"])
 @pytest.mark.parametrize("mix", [False, True])
-def test_published_recipe(mix: bool) -> None:
+def test_published_recipe(mix: bool, scoring: str) -> None:
     """Scores, choice and weights against the released formulas."""
     x, ids = normal(48, 16), torch.stack([torch.arange(48) % 4, (torch.arange(48) + 1) % 4], 1)
     shares = normal(48, 2, seed=1).softmax(-1)
-    router = make({**PUBLISHED, "mix_weights": mix})
+    router = make({**PUBLISHED, "mix_weights": mix, "scoring": scoring})
     state = torch.cat([ids + 1.0, shares], -1)[None] if mix else labelled(ids[:, 0])
+    if scoring == "linear":
+        router.bias.data = normal(4, seed=2)
     routing = router(x[None], state, batch(1, 48), None)
     table = published_weights(x, ids[:, 0], 4)
     w = (table[ids] * shares[..., None]).sum(1) if mix else table[ids[:, 0]]
     scores = (x * w) @ F.normalize(router.embedding).T
+    if scoring == "linear":
+        scores = (x * w) @ router.embedding.T + router.bias
     top = scores.topk(2)
     assert torch.equal(routing.expert_ids.long(), top.indices)
     torch.testing.assert_close(routing.weights, top.values.softmax(-1))

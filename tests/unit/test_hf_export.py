@@ -39,6 +39,7 @@ def test_every_router_is_exported_or_refused_by_name(name: str) -> None:
         ({"name": "expert_choice", "causal": False}, {}, "causal=false"),
         ({"name": "recurrent"}, {"capacity_factor": 1.0}, "model.capacity_factor=1.0"),
         ({"name": "topk"}, {"block": "transformer_xl"}, "model.block=transformer_xl"),
+        ({"name": "recurrent"}, {"num_classes": 2}, "model.num_classes=2"),
     ],
 )
 def test_models_that_cannot_be_exported(router: dict[str, Any], model: dict[str, Any], key: str) -> None:
@@ -48,10 +49,18 @@ def test_models_that_cannot_be_exported(router: dict[str, Any], model: dict[str,
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [({}, "MixtralForCausalLM"), ({"qk_norm": True}, "Qwen3MoeForCausalLM"), ({"qk_norm": "width"}, "OlmoeForCausalLM")],
+    [
+        ({}, "MixtralForCausalLM"),
+        ({"qk_norm": True}, "Qwen3MoeForCausalLM"),
+        ({"qk_norm": "width"}, "OlmoeForCausalLM"),
+        ({"num_experts": 1}, "LlamaForCausalLM"),
+        ({"num_experts": 1, "qk_norm": True}, "Qwen3ForCausalLM"),
+        ({"num_experts": 1, "qk_norm": "width"}, "OlmoeForCausalLM"),
+    ],
 )
-def test_qk_norm_decides_the_architecture(model: dict[str, Any], name: str) -> None:
-    assert find_stock(config_of({"name": "topk"}, **model).model).class_name == name
+def test_qk_norm_and_experts_decide_the_architecture(model: dict[str, Any], name: str) -> None:
+    router = {"name": "topk"} | ({"top_k": 1, "renormalize": False} if "num_experts" in model else {})
+    assert find_stock(config_of(router, **model).model).class_name == name
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,7 @@ def test_qk_norm_decides_the_architecture(model: dict[str, Any], name: str) -> N
         ({}, {"moe_layer_freq": 2, "qk_norm": "width"}, "model.moe_layer_freq=2"),
         ({}, {"head_dim": 4, "qk_norm": "width"}, "model.head_dim=4"),
         ({}, {"capacity_factor": 2.0}, "model.capacity_factor=2.0"),
+        ({}, {"num_classes": 2}, "model.num_classes=2"),
     ],
 )
 def test_settings_without_a_place_are_named(router: dict[str, Any], model: dict[str, Any], key: str) -> None:

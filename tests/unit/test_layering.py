@@ -22,9 +22,13 @@ MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part 
     "checkpoint": set(),
     "engine": {"parallel", "optim", "model", "config", "data"},
     "flops": {"config", "model"},
-    "metrics": {"flops"},
+    "metrics": {"config", "flops", "monitor"},
+    "monitor": {"config"},
+    "faults": {"checkpoint", "cli", "config", "data", "engine", "evaluate", "model", "parallel"},
+    "doctor": {"cli", "config", "data", "flops", "model", "parallel", "train"},
     "plots": {"metrics"},
     "startup": set(),
+    "jobs": set(),
     "stop": {"parallel"},
     "ranks": set(),
     "verify": {"cli", "config", "data", "engine", "parallel", "ranks", "train"},
@@ -32,10 +36,13 @@ MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part 
     "rivals": {"config", "data", "optim", "parallel"},
     "hf": {"checkpoint", "cli", "config", "data", "evaluate", "flops", "model", "parallel", "routers"},
     "upcycle": {"checkpoint", "cli", "config", "evaluate", "hf", "model"},
-    "evaluate": {"checkpoint", "cli", "config", "data", "engine", "model", "parallel"},
+    "feed": {"data", "engine"},
+    "transfer": {"checkpoint", "config", "engine"},
+    "finetune": {"checkpoint", "cli", "config", "data", "engine", "evaluate", "feed", "parallel", "train"},
+    "evaluate": {"checkpoint", "cli", "config", "data", "engine", "generate", "model", "parallel"},
 }
 TEMPLATE = Path("hf", "modeling.py")  # imported by nobody: it is a part of what is written for transformers
-OPTIONAL = {"deepspeed", "megablocks", "flash_attn", "transformers", "lm_eval", "triton"}
+OPTIONAL = {"deepspeed", "megablocks", "flash_attn", "transformers", "lm_eval", "triton", "wandb"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -226,11 +225,14 @@ def test_streams_go_on_after_a_resume_and_only_with_the_same_batch(prefixes):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_evaluation_in_streams_sees_each_row_once_and_in_order(prefixes, size):
-    ranks = [EvalRows(prefixes, seq_len=S, micro_batch_size=3, dp_rank=r, dp_size=size, contiguous=True) for r in range(size)]
+    ranks = [EvalRows(prefixes, seq_len=S, micro_batch_size=3, dp_rank=r, dp_size=size, streams=24) for r in range(size)]
     batches = [list(r) for r in ranks]
+    turns = 24 // (3 * size)
     for mine in batches:
-        for one, other in pairwise(mine):
+        for one, other in zip(mine, mine[turns:], strict=False):
             assert other.rows.tolist() == (one.rows + 1).tolist()
+    first = torch.cat([batches[j % size][j // size].rows for j in range(8)])
+    assert first.tolist() == list(range(0, 24 * len(batches[0]) // turns, len(batches[0]) // turns))  # by stream, on any ranks
     whole = {int(b.rows[0]): b for b in EvalRows(prefixes, seq_len=S, micro_batch_size=1)}
     seen = []
     for batch in (b for mine in batches for b in mine):

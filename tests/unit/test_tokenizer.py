@@ -172,10 +172,52 @@ def test_every_truncation_of_a_model_is_refused_or_harmless(model_path):
         assert tokenizer.encode(TEXTS[0]).tolist() == whole.encode(TEXTS[0]).tolist(), cut
 
 
+LOSSLESS = {
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "eos_id": 1,
+    "unk_id": 0,
+    "bos_id": -1,
+    "pad_id": -1,
+}
+
+
+def train_with(path, **options):
+    """A model as somebody else may train it."""
+    lines = iter(TEXTS)
+    options = LOSSLESS | options
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=path, vocab_size=400, model_type="bpe", minloglevel=2, **options
+    )
+    return load_tokenizer(f"{path}.model")
+
+
+@pytest.fixture(scope="module")
+def prefixed(tmp_path_factory):
+    """As Llama's and Mixtral's."""
+    return train_with(str(tmp_path_factory.mktemp("prefixed") / "t"), add_dummy_prefix=True)
+
+
+@given(st.binary())
+@settings(deadline=None, max_examples=100)
+def test_a_model_may_put_a_space_before_a_text(prefixed, data):
+    ids = prefixed.encode(data)
+    assert prefixed.decode_bytes(ids) == b" " * bool(data) + data
+    assert prefixed.byte_lengths()[ids].sum() == len(data) + bool(data)
+
+
+def test_a_space_before_a_text_gives_sentencepiece_s_own_ids(prefixed, tmp_path):
+    prefixed.save(tmp_path / "t.model")
+    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    for text in (*TEXTS[:20], "self", " self", "  x\n", "\U0001f9ff", ""):
+        assert prefixed.encode(text).tolist() == theirs.encode(text)
+
+
 @pytest.mark.parametrize(
     ("settings_", "match"),
     [
-        ({"add_dummy_prefix": True}, "changes text"),
         ({"normalization_rule_name": "nmt_nfkc"}, "changes text"),
         ({"remove_extra_whitespaces": True}, "changes text"),
         ({"byte_fallback": False}, "byte_fallback"),
@@ -183,23 +225,5 @@ def test_every_truncation_of_a_model_is_refused_or_harmless(model_path):
     ],
 )
 def test_a_model_that_loses_text_is_refused(tmp_path, settings_, match):
-    lossless = {
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "eos_id": 1,
-        "unk_id": 0,
-        "bos_id": -1,
-        "pad_id": -1,
-    }
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_prefix=str(tmp_path / "lossy"),
-        vocab_size=400,
-        model_type="bpe",
-        minloglevel=2,
-        **{**lossless, **settings_},
-    )
     with pytest.raises(UserError, match=match):
-        load_tokenizer(tmp_path / "lossy.model")
+        train_with(str(tmp_path / "lossy"), **settings_)

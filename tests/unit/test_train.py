@@ -129,11 +129,18 @@ def test_a_signal_saves_and_ends_the_run(number: int, run: Path, words: list[str
 def test_gradients_that_are_not_finite_end_the_run(run: Path, words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "burst"
     done = launch("pretrain", *words, f"run.dir={folder}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=null")
-    assert done.returncode == 1
-    log = (folder / "error-rank0.log").read_text()
-    assert "the gradient norm is nan" in log
-    assert "layers.0" in log
-    assert "FloatingPointError" in done.stderr
+    assert done.returncode == 2
+    assert re.search(
+        r"^error: step 4: the .* is nan; skipped in a row: 3 steps, as many as faults.max_skipped", done.stderr, re.MULTILINE
+    ), done.stderr
+    kept = folder / "faults" / "step-00000004"
+    assert f"python launch/replay.py {kept}" in done.stderr
+    assert [row["cause"] for row in rows(folder, "fault")] == ["nonfinite"] * 6  # each is tried twice
+    assert [row.get("skipped", 0) for row in rows(folder)] == [0, 1, 1]  # the third ends the run
+    assert not list(folder.glob("checkpoints/step-*"))  # nothing is saved in between
+    told = launch("replay", str(kept))
+    assert told.returncode == 0, told.stderr
+    assert "infinite or not a number in the weights: " in told.stdout
 
 
 def test_sampling_is_repeatable(run: Path) -> None:

@@ -18,7 +18,7 @@ from moe_train import routers
 from moe_train.cli import load_run, merge, parse
 from moe_train.config import ModelConfig
 from moe_train.errors import UserError
-from moe_train.evaluate import check_memory, joined
+from moe_train.evaluate import check_memory
 from moe_train.flops import count_flops
 from moe_train.generate import cache_conflicts
 from moe_train.model.cache import Cache
@@ -580,9 +580,9 @@ def train_and_evaluate(run: dict[str, Any]) -> dict[str, Any]:
         engine.step()
     lengths = torch.ones(320, dtype=torch.int64)
 
-    def nats(seq_len: int, rows: int, memory: Memory | None = None) -> float:
+    def nats(seq_len: int, rows: int, *memories: Memory) -> float:
         found = EvalRows(config.data.train, seq_len=seq_len, micro_batch_size=1, max_rows=rows)
-        return engine.model.evaluate(found if memory is None else joined(found), lengths, memory).nats
+        return engine.model.evaluate(found, lengths, memories).nats
 
     return {"losses": losses, "alone": nats(16, 8), "memory": nats(16, 8, Memory.start(1, 64)), "long": nats(128, 1)}
 

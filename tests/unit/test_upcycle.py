@@ -10,6 +10,7 @@ from hf_models import write_checkpoint
 from launches import launch
 from tiny_run import rows, words_for
 
+from moe_train import upcycle as upcycling
 from moe_train.errors import UserError
 from moe_train.hf.native import logits_of, open_native
 from moe_train.upcycle import swap_router, upcycle
@@ -101,6 +102,15 @@ def test_sizes_that_do_not_fit_are_refused(words: list[str], message: str, tmp_p
     source = write_checkpoint(tmp_path / "dense", **ONE)
     with pytest.raises(UserError, match=message):
         upcycle(source.path, tmp_path / "experts", words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_experts_that_compute_something_else_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "dense", **ONE)
+    honest = upcycling._experts
+    monkeypatch.setattr(upcycling, "_experts", lambda *given: 1.001 * honest(*given))
+    with pytest.raises(UserError, match=r"and what was made of it: largest difference of logits .*; nothing was written"):
+        upcycle(source.path, tmp_path / "experts", TOP2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 

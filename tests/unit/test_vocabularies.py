@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Fast
 
 from moe_train.data.characters import CharacterTokenizer
@@ -41,6 +41,21 @@ def byte_fallback():
     fast.normalizer = normalizers.Replace(" ", "▁")
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    return fast
+
+
+def prepended():
+    """As Mixtral's: a space before the text, and byte fallback."""
+    fast = byte_fallback()
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return fast
+
+
+def metaspace():
+    """As later files of the same models: a space before the text, unless it begins with one."""
+    fast = byte_fallback()
+    fast.normalizer = None
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     return fast
 
 
@@ -190,6 +205,26 @@ def test_truncation_and_padding_of_the_file_are_left_aside():
     assert tokenizer.encode(TEXTS[0]).tolist() == LOADED.encode(TEXTS[0]).tolist()
 
 
+@pytest.mark.parametrize("make", [prepended, metaspace])
+@pytest.mark.parametrize("text", ["ab", "a b\n é", "\U0001f9ff", "x <eos> y"])
+def test_a_space_before_the_text_is_kept(make, text):
+    tokenizer = PretrainedTokenizer(content(make()))
+    ids = tokenizer.encode(text)
+    fast = make()
+    fast.encode_special_tokens = True
+    assert ids.tolist() == fast.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == " " + text
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode()) + 1
+
+
+def test_what_is_left_aside_does_not_change_the_fingerprint():
+    fast = byte_level()
+    fast.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", LOADED.eod)])
+    fast.enable_truncation(4)
+    assert PretrainedTokenizer(content(fast)).fingerprint == LOADED.fingerprint
+    assert PretrainedTokenizer(content(fast, normalizer={"type": "NFC"})).fingerprint != LOADED.fingerprint
+
+
 def test_bytes_that_are_no_text_are_refused():
     with pytest.raises(UserError, match="byte 3 of a text is no valid UTF-8"):
         LOADED.encode(b"caf\xe9")
@@ -203,7 +238,7 @@ def test_bytes_that_are_no_text_are_refused():
         (lambda: content(byte_level(), decoder=None), "decoder None"),
         (lambda: content(byte_level(), normalizer={"type": "Lowercase"}), "changes text"),
         (lambda: content(byte_level(), normalizer={"type": "NFKC"}), "changes text"),
-        (lambda: content(byte_fallback(), normalizer={"type": "Prepend", "prepend": "▁"}), "changes text"),
+        (lambda: content(byte_fallback(), normalizer={"type": "Prepend", "prepend": "x"}), "changes text"),
         (lambda: content(byte_level(), model={"type": "BPE", "vocab": {"a": 0}, "merges": []}), "no piece for some bytes"),
         (lambda: content(byte_level())[:-40], "damaged"),
         (lambda: b'{"model": 1}', "damaged"),

@@ -1,0 +1,42 @@
+"""What a run is trained on and judged by: the trainer does not know whether these are corpora or examples."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moe_train.data.loader import MicroBatch, StepBatch
+from moe_train.engine.native import NativeEngine
+
+
+class Batches(Protocol):
+    """This rank's training batches, and the place in them."""
+
+    def next_step(self) -> StepBatch:
+        """The next step's micro-batches."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place as JSON types, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go to a place that `state_dict` gave."""
+        ...
+
+
+class Rows(Protocol):
+    """This rank's rows of an evaluation, as many micro-batches as on the other ranks."""
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """All micro-batches, from the first on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Feed:
+    """All data of a run."""
+
+    batches: Batches
+    validation: Rows | None  # during training
+    splits: Mapping[str, Rows]  # at the end
+    judge: Callable[[NativeEngine, Rows], dict[str, Any]]  # figures of an evaluation, the same on all ranks; `loss` among them
