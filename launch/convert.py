@@ -1,7 +1,7 @@
 """Convert trained models: `python launch/convert.py VERB SOURCE OUT [section.key=value ...]`.
 
 to-hf        a checkpoint (or a run's newest) -> a folder that transformers loads
-from-hf      a folder of transformers (Mixtral, OLMoE, Qwen3-MoE, or one that to-hf wrote) -> a checkpoint
+from-hf      a folder of transformers (Mixtral, OLMoE, Qwen3-MoE, dense Llama or Qwen3, or one that to-hf wrote) -> a checkpoint
 upcycle      a checkpoint with dense MLPs, or one expert in each layer -> a checkpoint with experts
 swap-router  a checkpoint -> the same with another router, newly drawn
 modeling     ROUTER OUT: write the modeling file of exported models with that router

@@ -21,7 +21,7 @@ from moe_train.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from moe_train.parallel.mesh import start_world
 from moe_train.train import data_loader, settle_vocabulary
 
-REPEATS = 5
+REPEATS = 15  # short turns: on a shared machine some of them are undisturbed
 
 
 def measure_prepare(tokenizer: str, megabytes: float, workers: int) -> dict[str, Any]:

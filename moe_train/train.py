@@ -144,7 +144,7 @@ def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
 
 def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
     """This rank's training batches."""
-    assert config.data.train is not None  # settle() fills it in
+    assert config.data.train is not None  # settle_corpus() fills it in
     rank, size = data_place(config.parallel, world)
     return Loader(
         config.data.train,
@@ -303,7 +303,7 @@ class Trainer:
                 stopping = asked is Request.STOP
                 watchdog.alive()
                 with throughput.pause():
-                    if config.eval.every and step % config.eval.every == 0 and step < steps and self.feed.validation is not None:
+                    if config.eval.every and step % config.eval.every == 0 and step < steps:
                         self._evaluate(step, "valid", self.feed.validation)
                     last = stopping or step == steps
                     due = config.checkpoint.every and step % config.checkpoint.every == 0 and not self.guard.skipped
@@ -352,7 +352,9 @@ class Trainer:
                 return result, norm
             self.engine.steps_done = step - 1
 
-    def _evaluate(self, step: int, split: str, rows: Rows) -> None:
+    def _evaluate(self, step: int, split: str, rows: Rows | None) -> None:
+        if rows is None:
+            return
         figures = self.feed.judge(self.engine, rows)
         if self.log is not None:
             self.log.evaluation(step, split, figures)

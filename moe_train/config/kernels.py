@@ -30,7 +30,8 @@ def _backend_conflicts(config: Config) -> list[Conflict]:
 
 
 def _megablocks_conflicts(config: Config) -> list[Conflict]:
-    model, rules = config.model, []
+    model = config.model
+    rules: list[tuple[str, str]] = []
     if config.train.dtype == "fp32":
         rules.append(("its grouped GEMM computes in bf16 alone", "use train.dtype=bf16"))
     widths = {

@@ -24,7 +24,7 @@ LINES = (".jsonl", ".ndjson")
 OWN = (".bin", ".idx", ".labels", ".json", ".model", ".vocab", ".tokenizer")  # suffixes of a dataset's files
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
-DOCUMENT_BLOCK = 4 << 20  # bytes of a file that is one document, encoded at a time
+DOCUMENT_BLOCK = 1 << 20  # bytes of a file that is one document, encoded at a time
 
 Policy = Literal["keep", "replace", "error"]
 

@@ -38,6 +38,7 @@ class DeepSpeedModel(Model):
     """The decoder with plain parameters, which ZeRO shares out."""
 
     zero: Partitions  # set when DeepSpeed has taken the model over
+    split: set[nn.Parameter]  # those of which this rank has its own experts' part
 
     def materialise(self) -> Self:
         """Every rank makes all parameters but other ranks' experts."""
@@ -45,36 +46,40 @@ class DeepSpeedModel(Model):
         make_plain(self.parts[0])
         if self.world.dtype != torch.float32:
             compute_in(self.parts[0], self.world.dtype)
+        layers = [module for module in self.parts[0].modules() if isinstance(module, MoE)]
+        self.split = {p for layer in layers for p in layer.experts.parameters()} if self.config.parallel.ep > 1 else set()
         return self
-
-    def expert_parameters(self) -> set[nn.Parameter]:
-        """Those of which this rank has its own experts' part."""
-        if self.config.parallel.ep == 1:
-            return set()
-        return {p for module in self.parts[0].modules() if isinstance(module, MoE) for p in module.experts.parameters()}
 
     def shared_out(self, parameter: nn.Parameter, whole: Tensor) -> DTensor:
         """A whole tensor of a parameter's shape as every layout's checkpoint has it: a part on each rank."""
-        if parameter in self.expert_parameters():
+        if parameter in self.split:
             return DTensor.from_local(whole, self.layout.experts["ep"], [Shard(0)], run_check=False)
-        return distribute_tensor(whole, self.layout.dense["shard"], [Shard(0)], src_data_rank=None)
+        mesh, places = self.layout.dense["shard"], [Shard(0)]
+        part = distribute_tensor(whole, mesh, places, src_data_rank=None).to_local()
+        part = part.clone()  # a view would keep the whole tensor in memory
+        return DTensor.from_local(part, mesh, places, run_check=False, shape=whole.shape, stride=whole.stride())
 
     def whole_of(self, parameter: nn.Parameter, shared: DTensor) -> Tensor:
         """What `shared_out` was given."""
-        return shared.to_local() if parameter in self.expert_parameters() else shared.full_tensor()
+        return shared.to_local() if parameter in self.split else shared.full_tensor()
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and buffers under logical names."""
         state: dict[str, Any] = {name: self.shared_out(p, self.zero.weight(p)) for name, p in self.named_parameters()}
-        return state | dict(self.parts[0].named_buffers())
+        return state | self._buffers()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         for name, parameter in self.named_parameters():
             self.zero.set_weight(parameter, self.whole_of(parameter, state[name]))
         self.zero.weights_are_set()
-        for name, buffer in self.parts[0].named_buffers():
+        for name, buffer in self._buffers().items():
             buffer.copy_(state[name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that a checkpoint has."""
+        parameters = {name for name, _ in self.named_parameters()}
+        return {name: value for name, value in self.parts[0].state_dict().items() if name not in parameters}
 
 
 class DeepSpeedEngine(NativeEngine):
@@ -139,7 +144,7 @@ class DeepSpeedEngine(NativeEngine):
         if stage > 0:
             return update_where_accepted(self.runtime, "_get_norm_groups" if stage == 3 else "scaled_global_norm", accept)
         parameters, used = [p for _, p in self.model.named_parameters()], False
-        held = dict.fromkeys(self.model.expert_parameters(), 1 / self.config.parallel.ep)  # by this share of the ranks
+        held = dict.fromkeys(self.model.split, 1 / self.config.parallel.ep)  # by this share of the ranks
         norm = float(clip_gradients(parameters, self.config.optim.clip_norm, held))
         try:
             used = accept(norm)
@@ -153,10 +158,7 @@ class DeepSpeedEngine(NativeEngine):
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's gradient of the step, after `forward_backward` and before `step`."""
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                yield name, self.model.shared_out(parameter, self.model.zero.gradient(parameter))
-            else:
-                yield name, torch.zeros_like(parameter)
+            yield name, self.model.shared_out(parameter, self.model.zero.gradient(parameter))
 
     def state_dict(self) -> dict[str, Any]:
         """Model (router buffers included) and optimizer moments as the native engine's checkpoints have them."""

@@ -53,9 +53,9 @@ class Partitions:
             self.optimizer.state[part]["step"] = torch.tensor(float(done), device=part.device) if counts else int(done)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """A copy of a whole parameter."""
+        """A whole parameter."""
         if self.stage < 3:
-            return parameter.detach().clone()
+            return parameter.detach()
         with self.library.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
@@ -73,9 +73,9 @@ class Partitions:
             self.sharded.refresh_fp32_params()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """A whole gradient, after the last backward pass of a step."""
+        """A whole gradient, after the last backward pass of a step; zeros where a parameter is frozen."""
         found = parameter.grad if self.stage == 0 else self.library.utils.safe_get_full_grad(parameter)
-        return torch.zeros_like(parameter) if found is None else found
+        return torch.zeros_like(self.weight(parameter)) if found is None else found
 
     def moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """A whole moment, one of MOMENTS."""

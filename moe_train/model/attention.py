@@ -85,12 +85,12 @@ def attend_runs(kernel: RunsKernel, q: Tensor, k: Tensor, v: Tensor, segments: S
     `kernel` takes q [n, H, d], k and v [m, G, d], the bounds of runs in both, and upper bounds of their lengths; a run's last query
     sees its last key.
     """
-    rows, queries, keys = *q.shape[:2], k.shape[1]
+    assert segments.bounds is not None
+    bounds, key_bounds, rows, longest = segments.bounds, segments.key_bounds, q.shape[:2], k.shape[1]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    bounds = segments.bounds
     if segments.keys is not None:
-        k, v, bounds = k[segments.keys], v[segments.keys], segments.key_bounds
-    return kernel(q, k, v, segments.bounds, bounds, queries, keys).unflatten(0, (rows, queries))
+        k, v = k[segments.keys], v[segments.keys]
+    return kernel(q, k, v, bounds, bounds if key_bounds is None else key_bounds, rows[1], longest).unflatten(0, rows)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_bounds: Tensor, k_bounds: Tensor, longest_q: int, longest_k: int) -> Tensor:

@@ -108,8 +108,7 @@ def _automatic(device: torch.device, dtype: torch.dtype, head_size: int) -> tupl
 @cache
 def _load(name: str, device: str, reason: str) -> AttentionKernel:
     log.info("kernels: attention %s on %s (%s)", name, device, reason)
-    make = {"flash2": FlashAttention, "flash3": FlashAttention, "flex": FlexAttention}.get(name)
-    return AttentionKernel(name, attend if make is None else make(*_IMPORTS[name]()), FORMS[name])
+    return AttentionKernel(name, _MAKE[name](*_IMPORTS[name]()) if name in _MAKE else attend, FORMS[name])
 
 
 def _import_varlen() -> tuple[Callable]:
@@ -132,10 +131,10 @@ def _import_flash3() -> tuple[Callable, Callable]:
 
 def _flash_functions(module: Any) -> tuple[Callable, Callable]:
     """The functions for whole rows and for runs. Raises ImportError for another package of the same name."""
-    found = [getattr(module, name, None) for name in ("flash_attn_func", "flash_attn_varlen_func")]
-    if None in found or not {"causal", "deterministic"} <= inspect.signature(found[0]).parameters.keys():
+    rows, runs = (getattr(module, name, None) for name in ("flash_attn_func", "flash_attn_varlen_func"))
+    if rows is None or runs is None or not {"causal", "deterministic"} <= inspect.signature(rows).parameters.keys():
         raise ImportError(f"{module.__name__} has no flash_attn_func of the version that is needed")
-    return found[0], found[1]
+    return rows, runs
 
 
 def _import_flex() -> tuple[Callable]:
@@ -196,6 +195,9 @@ class FlexAttention:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out: Tensor = self.flex_attention(q, k, v, block_mask=segments.blocks, enable_gqa=grouped)
         return out.transpose(1, 2)
+
+
+_MAKE: dict[str, Callable[..., Attend]] = {"flash2": FlashAttention, "flash3": FlashAttention, "flex": FlexAttention}
 
 
 def mask_queries(doc_ids: Tensor, queries: Tensor) -> Segments:

@@ -44,8 +44,8 @@ def apply_context(model: Decoder, group: dist.ProcessGroup, method: str) -> None
     """Let the attention of `model` work over the ranks of `group`, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
-            across = GatheredAttention if method == "gather" else UlyssesAttention
-            module.attend = across(group, module.attend)
+            inner = module.attend
+            module.attend = GatheredAttention(group, inner) if method == "gather" else UlyssesAttention(group, inner)
 
 
 class GatheredAttention:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_train.config import Config, ParallelSection
 from moe_train.config.layout import check_layout
 from moe_train.errors import UserError
+from moe_train.parallel.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ def start_world(config: Config) -> World:
         if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:  # else gloo listens on the interface of the host's name
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "MASTER_ADDR" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = fresh_store(shared, rank, size, timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        elif "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)

@@ -30,7 +30,7 @@ def save(layout: str, folder: Path) -> None:
     model = Model(config, start_world(config)).materialise()
     ByteTokenizer().save(folder / TOKENIZER_FILE)
     files = {CONFIG_FILE: dump(config).encode(), TOKENIZER_FILE: (folder / TOKENIZER_FILE).read_bytes()}
-    dcp.save(folder, 0, {"model": model.state_dict()}, {}, files)
+    dcp.save(folder / "checkpoints", 0, {"model": model.state_dict()}, {}, files)
 
 
 def measure(folder: Path, overrides: list[str], prefix: str) -> dict[str, Any]:

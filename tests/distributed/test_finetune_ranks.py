@@ -61,7 +61,7 @@ def figures(content: dict[str, Any]) -> list[Any]:
 def compare(task: str, layouts: list[dict[str, Any]], folder: Path) -> None:
     one = content(folder, task)
     [*numbers, rest] = run_ranks(1, figures, one)[0]
-    assert numbers[2] < numbers[0]
+    assert len(set(numbers[:3])) == 3  # steps change the model
     for layout in layouts:
         size = 4 if len({"tp", "pp"} & layout.keys()) == 2 else 2
         for [*there, others] in run_ranks(size, figures, {**one, "parallel": layout}):

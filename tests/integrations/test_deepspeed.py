@@ -189,7 +189,7 @@ HARD = {
     "vqmoe": {"name": "vqmoe"},
     "smear": {"name": "smear"},
     "adamix": {"name": "adamix"},
-    "hypermoe": {"name": "hypermoe"},
+    "hypermoe": {"name": "hypermoe"},  # its own parameters are frozen
     "expert_choice": {"name": "expert_choice"},
     "acmoe": {"name": "acmoe"},
 }
@@ -421,3 +421,12 @@ def test_the_layout_proof_puts_one_native_process_beside_deepspeed(place: Place)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "dp_shard=2" in done.stdout
+
+
+def test_the_benchmark_times_it_in_one_process(place: Place, tmp_path: Path) -> None:
+    words = [*words_for(place.prefix), "engine.name=deepspeed", "--steps", "2", "--warmup", "1"]
+    done = launch("benchmark", *words, "--output", str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["engine"] == "deepspeed"
+    assert row["tokens_per_second"] > 0

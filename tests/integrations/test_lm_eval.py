@@ -9,6 +9,7 @@ import lm_eval
 import pytest
 import yaml
 from hf_models import write_checkpoint
+from launches import launch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -106,6 +107,18 @@ def test_tasks_give_the_numbers_of_the_exported_model(both: Both) -> None:
     for task, metrics in TASKS.items():
         for metric in (f"{one['metric']},none" for one in metrics["metric_list"]):
             assert found[task][metric] == pytest.approx(theirs[task][metric], rel=1e-4), (task, metric)
+
+
+@pytest.mark.parametrize("both", ["recurrent-bytes"], indirect=True)
+def test_the_command_prints_and_writes_tasks(both: Both, tmp_path: Path) -> None:
+    words = ["--tasks", "local_choice", "--include", str(both.tasks), "--limit", "4", "--batch-size", "2"]
+    done = launch("evaluate", str(both.native.path), *words, "--json", str(tmp_path / "out.json"), "train.device=cpu")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "out.json").read_text()) == {"data": [], **printed}
+    assert printed["tasks"]["n-samples"]["local_choice"]["effective"] == 4
+    ours = run_tasks(both.ours, find_tasks(["local_choice"], both.tasks, {}), None, 4)["results"]
+    assert printed["tasks"]["results"] == ours
 
 
 def test_likelihoods_are_those_of_the_exported_model(both: Both) -> None:
