@@ -75,7 +75,7 @@ test-image: ## build docker/Dockerfile.cpu without a Docker engine and train in 
 test-reshard: $(VENV)/.installed-dev ## checkpoints of six layouts, each taken up under each of the others: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed/test_reshard.py $(ARGS)
 
-FAULT_DATA ?= tests/faults/campaign.jsonl
+FAULT_DATA ?= runs/campaign.jsonl
 test-faults: $(VENV)/.installed-dev ## more than a hundred faults in real runs, rows in FAULT_DATA: half an hour; needs leave to mount a small disk
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py run $(FAULT_DATA) $(ARGS)
 	$(BIN)/python tests/faults/campaign.py table $(FAULT_DATA)

@@ -36,7 +36,7 @@ def save(layout: str, folder: Path) -> None:
 def measure(folder: Path, overrides: list[str], prefix: str) -> dict[str, Any]:
     """Figures of a text, also with a stride, and likelihoods in batches that leave a rank without one."""
     restored = restore(folder, [f"parallel.{word}" for word in overrides])
-    readings = (Reading(), Reading(stride=24))
+    readings = (Reading(), Reading(stride=48))
     texts = [evaluate_text(restored, prefix, reading, folder) for reading in readings]
     return {"texts": texts, "pairs": likelihoods(restored.model, PAIRS, 64, batch_size=3)}
 
@@ -49,7 +49,7 @@ def on_two_ranks(folder: Path, prefix: str) -> dict[str, Any]:
 
 
 def test_every_layout_gives_the_same_figures(one_rank: None, tmp_path: Path) -> None:
-    prefix = write_corpus(tmp_path / "corpus", documents=12)
+    prefix = write_corpus(tmp_path / "corpus", documents=5)
     for name in SAVED:
         (tmp_path / name).mkdir()
     save("", tmp_path / "one")

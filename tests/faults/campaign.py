@@ -342,6 +342,7 @@ def main(words: list[str]) -> None:
     if what == "table":
         print(table(Path(out)))
         return
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     for name in names or [f"{router}/{layout}" for router in ROUTERS for layout in LAYOUTS]:
         router, layout, *parts = name.split("/")
         for part in parts or (*FAULTS, "worlds"):

@@ -35,6 +35,8 @@ class Torchrun:
         self.log = log
         call = [sys.executable, "-m", "torch.distributed.run", *options, "launch/pretrain.py", *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # Without it the agents of torch 2.13 do not tell a node that joins later where rank 0 is.
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "--nnodes=1:2" in options else {}
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 call, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -136,12 +138,12 @@ def test_a_node_less_and_a_node_more(words: list[str], tmp_path: Path, started: 
         started.append(nodes[-1])
 
     def wait_for_steps(ranks: int, starts: int) -> None:
-        """Until so many starts on so many ranks have done a step; each speaks on one of the nodes."""
+        """Until so many starts on so many ranks have done some steps; each speaks on one of the nodes."""
         end = time.monotonic() + 120
         while True:
             said = "".join(node.said for node in nodes)
             runs = re.split(r"^run .*?: (?=\d+ rank)", said, flags=re.MULTILINE)[1:]
-            if sum(run.startswith(f"{ranks} rank") and NUMBERS.search(run) is not None for run in runs) >= starts:
+            if sum(run.startswith(f"{ranks} rank") and len(NUMBERS.findall(run)) > 7 for run in runs) >= starts:
                 return
             assert time.monotonic() < end, said[-5000:]
             time.sleep(0.1)
