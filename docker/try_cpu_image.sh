@@ -25,8 +25,8 @@ rm -rf "$scratch/debian"
 images build --isolation chroot --network host --pull-never --format docker "$@" --file docker/Dockerfile.cpu --tag moe_train:cpu .
 
 box=$(images from --pull-never localhost/moe_train:cpu)
-inside() {
-  images run --isolation chroot --network host "$box" -- "$@"
+inside() { # by a name that can be looked up, as engines see to
+  images run --isolation chroot --network host --hostname localhost "$box" -- "$@"
 }
 of_image() { # a part of the image's configuration, a line for each of its words
   images inspect --type image --format "{{range .Docker.Config.$1}}{{println .}}{{end}}" localhost/moe_train:cpu | sed '/^$/d'

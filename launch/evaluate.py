@@ -52,8 +52,7 @@ def read(words: list[str]) -> Namespace:
     parser.add_argument(
         "--memory",
         type=int,
-        default=0,
-        help="hidden rows of each layer that a row sees of the rows before (block transformer_xl)",
+        help="hidden rows of each layer that a row sees of the rows before (default: the run's train.memory; 0 with --stride)",
     )
     parser.add_argument("--field", default="text", help="the text of a JSON line (default: text)")
     parser.add_argument("--label-field", help="what labels the document of a JSON line; figures are given for each label, too")
@@ -79,7 +78,7 @@ def read(words: list[str]) -> Namespace:
         setattr(given, name, [word for word in values if "=" not in word])
     if not given.data and not given.tasks:
         parser.error("give --data, --tasks or both")
-    if given.memory < 0:
+    if given.memory is not None and given.memory < 0:
         parser.error("--memory must not be negative")
     for name in ("limit", "batch_size"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
@@ -102,7 +101,8 @@ def _texts(restored: "Restored", given: Namespace) -> list[dict[str, Any]]:
     """Figures of each text, printed as they come."""
     from moe_train.evaluate.text import Reading, evaluate_text
 
-    reading = Reading(given.stride, given.memory, given.field, given.label_field, given.lines)
+    own = 0 if given.stride else restored.config.train.memory
+    reading = Reading(given.stride, own if given.memory is None else given.memory, given.field, given.label_field, given.lines)
     leaks, rows = restored.config.model.leaks(), []
     for data in given.data:
         with tempfile.TemporaryDirectory() as scratch:

@@ -7,9 +7,9 @@ from moe_train.errors import UserError
 
 def check_memory(config: Config, ranks: int) -> None:
     """Raise UserError with every reason why this run's model cannot be evaluated with memory on so many data-parallel ranks."""
-    found = memory_conflicts(config, "evaluate without --memory")
+    found = memory_conflicts(config, "give --memory 0")
     if ranks > 1:
         rule = "with memory rows are evaluated one after the other"
-        found.append(Conflict("world size", ranks, rule, "use one process, or evaluate without --memory"))
+        found.append(Conflict("world size", ranks, rule, "use one process, or give --memory 0"))
     if found:
         raise UserError("\n  ".join(map(str, found)))

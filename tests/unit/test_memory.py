@@ -1,5 +1,6 @@
 """Training with memory: a row sees hidden rows of the row before in its stream, and no gradient goes there."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -340,6 +341,18 @@ def test_memory_may_begin_and_end_in_mid_run(tmp_path: Path) -> None:
         done = launch("pretrain", *words, f"train.steps={steps}", f"train.memory={most}", "optim.warmup_steps=0")
         assert done.returncode == 0, done.stderr
     assert "train.memory=40 starts with none, which the checkpoint does not hold" in done.stdout
+
+
+@pytest.mark.slow
+def test_evaluation_has_the_memory_of_the_run_unless_told(tmp_path: Path) -> None:
+    text = write_corpus(tmp_path / "corpus", documents=15)
+    assert launch("pretrain", *words_for(text), *WORDS, f"run.dir={tmp_path / 'run'}").returncode == 0
+    found = []
+    for option in ([], ["--memory", "40"], ["--memory", "0"]):
+        done = launch("evaluate", str(tmp_path / "run"), "--data", text, *option)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1])["loss"])
+    assert found[0] == found[1] != found[2]
 
 
 # Keys
