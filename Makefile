@@ -46,8 +46,9 @@ corpus: $(CORPUS) ## tokenizer and corpus made from Python's standard library, u
 pretrain: $(VENV)/.installed $(CORPUS) ## train configs/quickstart.yaml on the default corpus (RANKS=1 or 2)
 	$(TORCHRUN) launch/pretrain.py configs/quickstart.yaml $(ARGS)
 
+# A file's tests stay in one process, so that what its fixtures computed is computed once.
 test: lint types $(VENV)/.installed-dev ## lint, types and the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "NOT RUN: building in a chroot needs root"; exit 0; }
-if ! command -v debootstrap buildah > /dev/null; then
+if ! type -P debootstrap buildah > /dev/null; then
   { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends debootstrap buildah; } > /dev/null \
     || { echo "NOT RUN: apt-get could not install debootstrap and buildah"; exit 0; }
 fi

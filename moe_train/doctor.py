@@ -119,6 +119,15 @@ def _peers(world: World) -> Checks:
 
 
 def _devices(world: World) -> Checks:
+    """What each rank finds of its own device: the first that is wrong, or rank 0's."""
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, list(_own_device(world)))
+    for checks in zip(*everyone, strict=True):
+        rank = next((rank for rank, check in enumerate(checks) if not check.good), 0)
+        yield checks[rank]._replace(found=f"{checks[rank].found} (rank {rank})" if rank else checks[rank].found)
+
+
+def _own_device(world: World) -> Checks:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if world.device.type == "cpu":
         cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()

@@ -16,6 +16,7 @@ LARGEST_FILE = 1 << 18  # bytes
 _NUMBERS = "train.dtype says which numbers are computed with"
 _BATCH = "train.global_batch_size and train.micro_batch_size say how rows are shared out"
 _SUMS = "losses are sums over the whole step, and gradients are summed"
+_MONITOR = "monitor says who gets the rows of metrics.jsonl"
 OWNED = {  # options that this configuration owns -> which key of ours says it
     "train_batch_size": _BATCH,
     "train_micro_batch_size_per_gpu": _BATCH,
@@ -48,6 +49,14 @@ OWNED = {  # options that this configuration owns -> which key of ours says it
     "data_efficiency": "data says what is trained on",
     "curriculum_learning": "data says what is trained on",
     "compression_training": "the model is that of model",
+    "hybrid_engine": "the model is that of model",
+    "tensorboard": _MONITOR,
+    "wandb": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "comet": _MONITOR,
+    "autotuning": "launch/benchmark.py times a run",
+    "flops_profiler.output_file": "a run writes into its own folder",
+    "zero_optimization.compute_grad_norm": "faults judges every step by its norm",
     "zero_optimization.stage": "engine.zero_stage says it",
     "zero_optimization.offload_optimizer": "engine.offload says it",
     "zero_optimization.cpu_offload": "engine.offload says it",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_train.data.characters import CharacterTokenizer
-from moe_train.data.inputs import Inputs
+from moe_train.data.inputs import OWN, Inputs
 from moe_train.data.prepare import Summary, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.data.words import WordTokenizer
@@ -126,7 +126,8 @@ def prepare_recipe(name: str, path: Path, folder: Path, run: Prepare = prepare) 
         try:
             recipe.check(split, summaries[split])
         except UserError:
-            (folder / f"{split}.idx").unlink()  # without its index there is no dataset
+            for suffix in (".idx", *OWN):  # the index first: without it there is no dataset
+                (folder / f"{split}{suffix}").unlink(missing_ok=True)
             raise
     return summaries
 

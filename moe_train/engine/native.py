@@ -290,6 +290,8 @@ class NativeEngine:
         self.steps_done += 1
         if not used:
             self.memories = []  # what the step left may not be finite
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             return norm
         for name, router in self.model.routers().items():
             router.after_step(self._stats[name], self.steps_done / steps)
@@ -381,8 +383,12 @@ class NativeEngine:
         return memory.restore(state, self.streams, output.cache)
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
+        new = [optimizer for optimizer in self.optimizers if not optimizer.state]
         pairs = zip(self.model.parts, self.optimizers, strict=True)
-        return [get_optimizer_state_dict(part, optimizer, options=FLAT) for part, optimizer in pairs]
+        found = [get_optimizer_state_dict(part, optimizer, options=FLAT) for part, optimizer in pairs]
+        for state in (state for optimizer in new for state in optimizer.state.values()):
+            state["step"].zero_()  # torch makes what is not there yet by an update without gradients
+        return found
 
     def _not_finite(self) -> list[str]:
         local = ((name, grad.to_local() if isinstance(grad, DTensor) else grad) for name, grad in self.gradients())

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from moe_train.checkpoint import dcp
 from moe_train.config import Config
 from moe_train.data.loader import StepBatch
-from moe_train.engine.base import Engine, StepResult
+from moe_train.engine.base import StepResult
+from moe_train.engine.native import NativeEngine
 from moe_train.errors import UserError
 from moe_train.faults import bundle
 from moe_train.faults.detect import Detector, Finding
@@ -29,7 +30,13 @@ class Guard:
     """Judges each step; keeps what `launch/replay.py` needs of those that are not used."""
 
     def __init__(
-        self, config: Config, world: World, folder: Path, engine: Engine, files: Callable[[], dict[str, bytes]], report: Report
+        self,
+        config: Config,
+        world: World,
+        folder: Path,
+        engine: NativeEngine,
+        files: Callable[[], dict[str, bytes]],
+        report: Report,
     ) -> None:
         """`files`: what a checkpoint has beside tensors, on rank 0. `report` gets a row of each finding."""
         self.config, self.world, self.folder, self.engine, self.files = config, world, folder, engine, files
@@ -86,7 +93,7 @@ class Guard:
             return ""
         facts = {"cause": finding.cause, "text": finding.text, "loss": str(result.loss), "grad_norm": str(norm)}
         facts["checkpoint"] = next((path.name for path in reversed(dcp.checkpoints(self.folder / "checkpoints"))), "")
-        weights = self.engine.state_dict()["model"]
+        weights = self.engine.model.state_dict()
         files = self.files() if self.world.main else {}
         try:
             since, fresh = step - self.skipped, self.skipped == 1

@@ -11,23 +11,25 @@ language models (github.com/Fsoft-AIC/Tight-Clusters-Make-Specialized-Experts, `
 
 W is a constant: gradients reach x and v. Other dispersions, as the released code has them, are neither clipped nor divided by a mean:
 `variance`, 1 / (var + 0.1), and `pairwise`, 1 / (mean |x_q - y_q| over the pairs of the cluster + 1e-4). `mix_weights` takes the
-mean of the W of all top_k experts of the layer before, by their routing weights. `scoring: linear` is a linear gate with a bias, as the
-code's `smoe_base`: s = (x * W_c) C + b. Experts get the row as it is.
+mean of the W of all top_k experts of the layer before, by their routing weights. With `skip_connect` a > 0 the statistics are of
+(1 - a) x + a x', x' being the row that the MoE layer before got (the code's option: 0.25); what is scored stays x * W_c. `scoring:
+linear` is a linear gate with a bias, as the code's `smoe_base`: s = (x * W_c) C + b. Experts get the row as it is.
 
 Causal by default: M is a running mean of earlier steps' statistics, which are the same for every row and at decoding. Deviations are
 taken around the mean that is kept, so that one pass over the tokens is enough; a cluster takes part after its second step with two
 tokens or more, and W is 1 until then. `causal: false` is the published form, statistics of the micro-batch itself: a token's routing
 then depends on later tokens and on other rows.
 
-State: the expert that was chosen first, plus 1 (0 = none yet), in one column; with `mix_weights` all top_k of them and their weights.
-It has no gradient. Buffers of an adaptive layer: means and dispersions [E, D], updates [E]. Cost per token of an adaptive layer: a
-linear gate's 2 D E FLOP, D for the scaling, and 4 D E + 3 D for the statistics, forward only.
+State: the expert that was chosen first, plus 1 (0 = none yet), in one column; with `mix_weights` all top_k of them and their weights;
+with `skip_connect` the row too, D columns. It has no gradient. Buffers of an adaptive layer: means and dispersions [E, D], updates [E].
+Cost per token of an adaptive layer: a linear gate's 2 D E FLOP, D for the scaling, and 4 D E + 3 D for the statistics, forward only.
 
 Traps: with an empty cluster or one of a single token the published code divides by 1e-4, which flattens the scores of all others about
 300 times; here such clusters have W = 1 and are in no mean. It also takes an arbitrary one of the top_k as the label, and counts
 clusters up to the highest label in the batch. Its balance loss is never switched on. It rescales v to length 1.5 in each forward pass,
-which changes no score; here the length of v drifts, and with it the step of its direction. `causal: false` depends on the layout's
-micro_batch_size, and at decoding a lone token has no cluster.
+which changes no score; here the length of v drifts, and with it the step of its direction. Its option `temp_disp` (dispersion of what
+experts give from layer to layer) is not here: the code computes weights from it and then overwrites them. `causal: false` depends on
+the layout's micro_batch_size, and at decoding a lone token has no cluster.
 """
 
 from collections.abc import Sequence
@@ -66,6 +68,8 @@ class ACMoEConfig(TokenChoiceConfig):
     """mean over the clusters of all top_k experts of the layer before, instead of the first one's alone"""
     scoring: Literal["direction", "linear"] = "direction"
     """how scaled rows are compared with experts: by the directions of embeddings, or by a linear gate with a bias"""
+    skip_connect: Probability = 0.0
+    """share of the row that the MoE layer before got in the row whose statistics are taken (the released code's option: 0.25)"""
     momentum: Probability = 0.9
     """share of the kept statistics that a step leaves as it is"""
 
@@ -120,20 +124,24 @@ class ACMoERouter(TokenChoice):
     @staticmethod
     def state_size_of(config: ACMoEConfig, model: ModelConfig) -> int:
         """Columns of router state per token."""
-        return 2 * config.top_k if config.mix_weights else 1
+        return _label_columns(config) + (model.hidden_size if config.skip_connect else 0)
 
     def forward(self, x: Tensor, state: Tensor, batch: BatchInfo, shared: nn.Module | None, memory: object = None) -> Routing:
         """x [B, S_local, D], state [B, S_local, R] -> Routing with this layer's choice as the next state."""
         stats: Sums = {}
-        scored = x
+        scored, wide = x, x.to(state.dtype)
+        labels, before = state.tensor_split((_label_columns(self.config),), -1)
         if self.adaptive:
-            weights, stats = self._adapt(x.to(state.dtype), state, batch)
+            measured = wide.lerp(before, self.config.skip_connect) if self.config.skip_connect else wide
+            weights, stats = self._adapt(measured, labels, batch)
             scored = x * weights.to(x.dtype)
         rows, weight = scored, F.normalize(self.embedding, dim=-1)
         if self.bias is not None:
             rows, weight = with_bias(scored, self.embedding, self.bias)
         routing = self.choose(rows, weight, state, batch)
-        return routing._replace(state=self._labels(routing, state), stats=routing.stats | stats)
+        labels = self._labels(routing, labels)
+        state = torch.cat([labels, wide.detach()], -1) if self.config.skip_connect else labels
+        return routing._replace(state=state, stats=routing.stats | stats)
 
     @torch.no_grad()
     def after_step(self, stats: Sums, progress: float) -> None:
@@ -155,9 +163,9 @@ class ACMoERouter(TokenChoice):
         kept.lerp_(new, rate[:, None])
 
     @torch.no_grad()
-    def _adapt(self, x: Tensor, state: Tensor, batch: BatchInfo) -> tuple[Tensor, Sums]:
-        """The weight of each feature of each token, like x [B, S_local, D], and what `after_step` needs."""
-        sums = self._measure(x, state[..., 0].long(), batch)
+    def _adapt(self, x: Tensor, labels: Tensor, batch: BatchInfo) -> tuple[Tensor, Sums]:
+        """The weight of each feature of each token, like x [B, S_local, D], and what `after_step` needs; `labels`: see `_labels`."""
+        sums = self._measure(x, labels[..., 0].long(), batch)
         if self.config.causal:
             dispersions, live = self.dispersions, self.updates >= 2
         else:
@@ -165,13 +173,13 @@ class ACMoERouter(TokenChoice):
             dispersions, live = sums["cluster_deviations"] / counts.clamp_min(1)[:, None], counts >= self.least
         table = feature_weights(dispersions, live, self.config.dispersion)
         table = torch.cat([torch.ones_like(table[:1]), table])  # label 0: no cluster
-        return self._look_up(table, state), sums if self.config.causal else {}
+        return self._look_up(table, labels), sums if self.config.causal else {}
 
-    def _look_up(self, table: Tensor, state: Tensor) -> Tensor:
-        """table [E + 1, D] at the labels of `state` [B, S_local, R] -> [B, S_local, D]."""
+    def _look_up(self, table: Tensor, labels: Tensor) -> Tensor:
+        """table [E + 1, D] at the labels that `_labels` gave -> [B, S_local, D]."""
         if not self.config.mix_weights:
-            return table[state[..., 0].long()]
-        labels, shares = state.chunk(2, -1)
+            return table[labels[..., 0].long()]
+        labels, shares = labels.chunk(2, -1)
         shares = shares / shares.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
         columns = zip(labels.long().unbind(-1), shares.unbind(-1), strict=True)
         return torch.stack([table[label] * share[..., None] for label, share in columns]).sum(0)
@@ -198,12 +206,16 @@ class ACMoERouter(TokenChoice):
             deviations = batch.sum(deviations)
         return {"cluster_counts": counts, "cluster_sums": sums, "cluster_deviations": deviations}
 
-    def _labels(self, routing: Routing, state: Tensor) -> Tensor:
-        """What the next layer needs to know of this layer's choice, like `state`."""
+    def _labels(self, routing: Routing, like: Tensor) -> Tensor:
+        """What the next layer needs to know of this layer's choice, like `like` [B, S_local, 1 or 2 K]."""
         if not self.config.mix_weights:
-            return (routing.expert_ids[:, :1] + 1).to(state.dtype).view_as(state)
-        labels = (routing.expert_ids + 1).to(state.dtype)
-        return torch.cat([labels, routing.weights.detach().to(state.dtype)], -1).view_as(state)
+            return (routing.expert_ids[:, :1] + 1).to(like.dtype).view_as(like)
+        labels = (routing.expert_ids + 1).to(like.dtype)
+        return torch.cat([labels, routing.weights.detach().to(like.dtype)], -1).view_as(like)
+
+
+def _label_columns(config: ACMoEConfig) -> int:
+    return 2 * config.top_k if config.mix_weights else 1
 
 
 def feature_weights(dispersions: Tensor, live: Tensor, kind: str) -> Tensor:

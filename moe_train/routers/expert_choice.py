@@ -91,7 +91,7 @@ class ExpertChoiceRouter(Router):
         """Which experts take the tokens here, [B, S_local, E] bool, from scores [B, S_local, E]: each its n highest of all rows."""
         whole = batch.whole(scores)
         flat = whole.flatten(0, 1)
-        count = max(int(self.share * len(flat)), 1)
+        count = max(self.config.top_k * len(flat) // len(self.weight), 1)
         first = flat.sort(dim=0, descending=True, stable=True).indices[:count]
         taken = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, first, True)
         return batch.here(taken.view_as(whole))

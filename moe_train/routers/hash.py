@@ -3,7 +3,7 @@
     ids = the top_k experts by hash(token id, layer, expert);   w = 1 / top_k
 
 Each layer deals the vocabulary to the experts in another way. No router parameters, no losses, and no gradient through the
-choice; the same token goes to the same experts wherever it stands.
+choice; the same token goes to the same experts wherever it stands. (SMEAR's authors, arXiv 2306.03745, hash whole examples instead.)
 
 State: none. Cost per token: E hashes. Traps: word frequencies are Zipf's, so loads are not balanced, and no loss can change that.
 """

@@ -25,7 +25,9 @@ Cost per token: 2 D P + 12 P^2 + 2 P E FLOP with a GRU (RNN: 4 P^2, LSTM: 16 P^2
 Traps: the initial logits are about 15 times flatter than a linear gate's (small A and C multiply), so part of a comparison may be
 scale: `initial_logits: linear` starts with a larger C, so that the first layer's logits spread as a linear gate's do (deeper ones,
 whose state has grown, up to a fifth wider). The cell's weights belong to every layer, so a layout that puts layers on different
-ranks must sum their gradients.
+ranks must sum their gradients. The released code cannot be built as it stands, leaves A and C without initial values, and has no state
+after a dense layer; here dense layers pass h on. It takes its balance loss over the tokens of all layers together, where layers that
+collapse onto different experts look balanced; here each layer has its own.
 """
 
 from typing import Literal

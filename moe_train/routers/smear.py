@@ -12,6 +12,9 @@ State: none. Decoding: the open segment's sum and its features. Cost: 2 * 3 D F 
 segment_size times that for merging; 3 D F numbers of merged parameters per segment; a sum of B * segments * D numbers over the ranks
 that share rows.
 
+Departures: the published experts are adapters behind each sublayer, x + LN(silu(x A + a) B), and in a decoder all of them read the
+encoder's mean; here they are the layer's own experts, without that norm.
+
 Traps: the published form pools the whole example, which in a language model shows each token its future; it stays as `causal: false`
 and says so. A document that is shorter than segment_size + 1 never asks the router. Padding is a document of its own. Under expert
 parallelism merging would have to gather every expert again; it is refused. With nonlinear experts merging is not an ensemble: for

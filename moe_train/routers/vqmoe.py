@@ -23,7 +23,8 @@ travel in one dispatch of 2 rows per token. Codes depend on a token alone, and u
 
 Traps: the released recipe has top_k = 1 and divides the chosen score by itself, so its gate gets no gradient and stays as it was drawn;
 here the gate's own probability is the weight (`renormalize: false`). It loses its codebook loss on several GPUs, never switches its
-balance loss on, and its LayerNorm is also the block's. c is small, so the discrete branch sees nearly x, and what counts is the choice
+balance loss on, its LayerNorm is also the block's, and its discrete branch has no dropout of hidden units (a transformer_xl block
+here has it in both). c is small, so the discrete branch sees nearly x, and what counts is the choice
 of the expert; watch `code_entropy` in the metrics (ln Q = all codes in even use). The balance loss and tokens_per_expert are about
 the continuous branch.
 """

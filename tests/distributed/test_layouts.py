@@ -20,8 +20,6 @@ from moe_train.cli import parse
 from moe_train.data.loader import Loader
 from moe_train.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("layouts")  # they share what one process computed
-
 TOPK: Content = {"name": "topk", "z_weight": 0.01}
 RECURRENT: Content = {"name": "recurrent", "router_size": 8}
 FAST = {

@@ -7,8 +7,6 @@ from ranks import run_ranks
 from moe_train import routers
 from moe_train.cli import parse
 
-pytestmark = pytest.mark.xdist_group("ranks")  # they share what one process computed
-
 SCOPES = ["sequence", "micro_batch", "global_batch"]
 ROUTERS = [{"name": "topk"}, *({"name": "recurrent", "router_size": 16, "balance_scope": scope} for scope in SCOPES)]
 STEPS = 20

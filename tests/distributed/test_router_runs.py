@@ -14,7 +14,6 @@ from moe_train import routers
 
 NAMES = sorted(routers.registry())
 STEPS, SAVED = 3, 2
-pytestmark = pytest.mark.xdist_group("router_runs")  # one set of ranks for all
 
 
 def whole_run(name: str, prefix: str, folder: str) -> dict[str, Any]:

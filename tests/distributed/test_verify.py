@@ -13,7 +13,6 @@ from moe_train import verify
 from moe_train.cli import load_run, merge
 from moe_train.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("layouts")
 ROOT = Path(__file__).parents[2]
 
 

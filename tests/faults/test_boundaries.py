@@ -63,4 +63,6 @@ def test_a_process_listens_on_the_loopback_interface_alone() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split("\n")
     assert "looked" in lines
-    assert {line for line in lines if line.startswith("listens")} <= {"listens 127.0.0.1", "listens ::1"}
+    listening = {line for line in lines if line.startswith("listens")}
+    assert listening
+    assert listening <= {"listens 127.0.0.1", "listens ::1"}

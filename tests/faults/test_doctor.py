@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 from corpora import write_corpus
 from launches import launch
+from ranks import run_ranks
 from tiny_run import words_for
+
+from moe_train import doctor
+from moe_train.cli import parse
+from moe_train.parallel.mesh import start_world
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,23 @@ def test_nothing_but_the_machine(tmp_path: Path) -> None:
     assert found["config"] == ("ok", "none given: data and model are not checked")
     assert "one rank: not measured" in found["all-reduce"][1]
     assert "data.train" not in found
+
+
+def devices() -> list[doctor.Check]:
+    """The checks of a rank, of which rank 1 has a device that somebody else uses."""
+    world = start_world(parse({"train": {"device": "cpu", "micro_batch_size": 1}}, "test"))
+    found = [
+        doctor.Check("devices", world.rank != 1, f"{world.rank} GB free", "nvidia-smi names it"),
+        doctor.Check("clock", True, ""),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "_own_device", lambda world: iter(found))
+        return list(doctor._devices(world))
+
+
+def test_a_device_of_another_rank_is_named() -> None:
+    expected = [("devices", False, "1 GB free (rank 1)", "nvidia-smi names it"), ("clock", True, "", "")]
+    assert run_ranks(2, devices) == [expected, expected]
 
 
 def test_what_is_wrong_is_named_with_its_remedy(prefix: str, tmp_path: Path) -> None:

@@ -13,15 +13,21 @@ import torch
 from corpora import write_corpus
 from launches import Launch, launch
 from models import batch_of, config_of, decoder_of
+from ranks import run_ranks
 from tiny_run import rows, words_for
 
 from moe_train.checkpoint import dcp, examine
+from moe_train.cli import merge, parse
 from moe_train.config.faults import FaultsSection
+from moe_train.data.tokenizer import load_tokenizer
 from moe_train.engine.base import StepResult
+from moe_train.engine.native import NativeEngine
 from moe_train.errors import UserError
 from moe_train.faults import bundle
 from moe_train.faults.detect import Detector, Finding
 from moe_train.faults.replay import Hooks
+from moe_train.parallel.mesh import start_world
+from moe_train.train import data_loader
 
 INJECT = "../tests/faults/inject"
 OWN = ["train.device=cpu", "train.micro_batch_size=2", "sample.max_tokens=0", "eval.every=0", "eval.max_rows=4"]
@@ -154,6 +160,34 @@ def test_nan_that_does_not_come_again_leaves_no_trace(words: list[str], tmp_path
         assert [row[key] for row in rows(spoilt)] == [row[key] for row in rows(sound)]
     differences = list(examine.differences(*(dcp.find(run) for run in (spoilt, sound))))
     assert [line.split(":")[1] for line in differences] == [" run.dir"]
+
+
+def refused(prefix: str) -> tuple[set[str], set[str], dict[str, list[float]], list[bool]]:
+    """A first step that is not used: names that are saved, and have to be, two values, and whether the next update is the first."""
+    content = {"data": {"train": prefix, "tokenizer": "bytes"}, "train": {"seq_len": 32, "global_batch_size": 4}}
+    config = config_of({"name": "topk"}, vocab_size=320).model_dump(exclude_unset=True)
+    run = parse(merge(config, merge(content, {"train": {"micro_batch_size": 4, "device": "cpu"}})), "test")
+    world, tokenizer = start_world(run), load_tokenizer("bytes")
+    batch = data_loader(run, world, tokenizer).next_step()
+    saved, plain = NativeEngine(run, world), NativeEngine(run, world)
+    for engine in (saved, plain):
+        engine.forward_backward(batch)
+        engine.step(lambda norm: False)
+    state = saved.state_dict()["optimizer"]
+    expected = {name.removeprefix("optimizer.") for name in saved.logical_state() if name.startswith("optimizer.")}
+    values = {name: [float(state[f"state.norm.weight.{name}"].sum())] for name in ("step", "exp_avg")}
+    for engine in (saved, plain):
+        engine.forward_backward(batch)
+        engine.step()
+    pairs = zip(saved.model.named_parameters(), plain.model.named_parameters(), strict=True)
+    return set(state), expected, values, [torch.equal(a, b) for (_, a), (_, b) in pairs]
+
+
+def test_a_first_step_that_is_skipped_can_be_saved(tmp_path: Path) -> None:
+    ((saved, expected, values, equal),) = run_ranks(1, refused, write_corpus(tmp_path / "text"))
+    assert saved == expected
+    assert values == {"step": [0.0], "exp_avg": [0.0]}
+    assert all(equal)
 
 
 def test_a_poisoned_batch_stops_the_run_and_is_kept(words: list[str], tmp_path: Path) -> None:

@@ -5,11 +5,17 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from corpora import write_corpus
 from launches import Launch
 from tiny_run import words_for
+
+from moe_train.parallel.mesh import World
+from moe_train.parallel.watch import Watch
 
 TIMEOUT = 12  # seconds of parallel.timeout_seconds
 SLACK = 30  # a busy machine: what the report may take on top
@@ -21,6 +27,32 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     prefix = write_corpus(tmp_path_factory.mktemp("corpus") / "text", documents=100)
     own = ["train.device=cpu", "train.steps=100000", "eval.every=0", "checkpoint.every=0", "train.micro_batch_size=2"]
     return [*words_for(prefix), *own, f"parallel.timeout_seconds={TIMEOUT}"]
+
+
+class Counted:
+    """A store that counts its questions."""
+
+    def __init__(self) -> None:
+        self.store, self.questions = dist.HashStore(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.questions += 1
+        return getattr(self.store, name)
+
+
+def test_all_signs_are_read_at_once_but_where_a_rank_has_not_begun() -> None:
+    watches = [Watch(World(rank, 50, torch.device("cpu"), torch.float32, ""), TIMEOUT) for rank in range(50)]
+    store = Counted()
+    for step, watch in enumerate(watches):
+        watch._store, watch.step = store, step
+    for watch in watches[:-1]:
+        watch._write()
+    assert "rank 48: running, at step 48 in " in watches[0].everyone()[48]
+    assert len(watches[0].everyone()) == 49
+    watches[-1]._write()
+    store.questions = 0
+    assert len(watches[0].everyone()) == 50
+    assert store.questions < 5
 
 
 def lose(words: list[str], folder: Path, number: int, rank: int = 1) -> tuple[str, float, int]:

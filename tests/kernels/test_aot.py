@@ -11,8 +11,6 @@ import pytest
 
 from moe_kernels.aot import SHARED_LIMIT, AotCase, AotResult, _tile_loads, cases
 
-pytestmark = pytest.mark.xdist_group("aot")  # one subprocess compiles for all
-
 _JOBS = [(module, case.name, arch) for module, case in cases() for arch in case.archs]
 
 

@@ -15,7 +15,7 @@ not_run() {
 
 outside() {
   [ "$(id -u)" = 0 ] || not_run "a SLURM of its own needs root"
-  if ! command -v slurmctld slurmd munged ip > /dev/null; then
+  if ! type -P slurmctld slurmd munged ip > /dev/null; then # true where all are there
     command -v apt-get > /dev/null || not_run "slurm-wlm and munge are not installed, and there is no apt-get to install them"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge iproute2; } > /dev/null \
       || not_run "apt-get could not install slurm-wlm and munge"

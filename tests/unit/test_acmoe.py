@@ -178,6 +178,28 @@ def test_published_recipe(mix: bool, scoring: str) -> None:
         torch.testing.assert_close(routing.state[0, :, 2:], top.values.softmax(-1))
 
 
+@pytest.mark.parametrize("mix", [False, True])
+def test_statistics_of_rows_and_of_those_of_the_layer_before(mix: bool) -> None:
+    """The released code's `skip_connect`: .75 and .25; the scores are of the rows alone."""
+    keys = {**PUBLISHED, "skip_connect": 0.25, "mix_weights": mix}
+    first, second = make(keys, layer=0), make(keys)
+    before, x = normal(1, 48, 16, seed=3), normal(1, 48, 16)
+    columns = second.state_size_of(second.config, config_of(keys).model)
+    state = first(before, x.new_zeros(1, 48, columns), batch(1, 48), None).state
+    assert torch.equal(state[..., columns - 16 :], before)
+    routing = second(x, state, batch(1, 48), None)
+    assert torch.equal(routing.state[..., columns - 16 :], x)
+    labels = state[0, :, 0].long() - 1
+    table = published_weights(0.75 * x[0] + 0.25 * before[0], labels, 4)
+    w = table[labels]
+    if mix:
+        ids, shares = (part[0] for part in state[..., :4].chunk(2, -1))
+        w = (table[ids.long() - 1] * shares[..., None]).sum(1)
+    top = ((x[0] * w) @ F.normalize(second.embedding).T).topk(2)
+    assert torch.equal(routing.expert_ids.long(), top.indices)
+    torch.testing.assert_close(routing.weights, top.values.softmax(-1))
+
+
 def test_tokens_can_change_places() -> None:
     x, labels, order = normal(40, 16), torch.arange(40) % 4, torch.randperm(40, generator=torch.Generator().manual_seed(0))
     router = make(PUBLISHED)

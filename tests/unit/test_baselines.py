@@ -317,6 +317,13 @@ def test_published_expert_choice_over_rows() -> None:
         assert part.expert_ids.view(2, 4, 4).equal(whole.expert_ids.view(2, 8, 4)[:, places])
 
 
+def test_published_expert_choice_takes_its_whole_share() -> None:
+    """29 of 50 tokens; 29 / 50 * 50 is less than 29 in floating point."""
+    router = layer_of({"name": "expert_choice", "causal": False, "top_k": 29}, spread=1.0, num_experts=50).router
+    batch, _ = batch_of([[50]])
+    assert ask(router, rows_of(batch), batch).stats["tokens_per_expert"].tolist() == [29] * 50
+
+
 def test_expert_choice_by_threshold() -> None:
     router = layer_of({"name": "expert_choice"}, spread=1.0).router
     router.log_threshold.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]).log())

@@ -43,6 +43,9 @@ VARIANTS: list[Settings] = [
     {"name": "recurrent", "router_size": 8, "scoring": "cosine", "cosine_size": 4},
     {"name": "recurrent", "router_size": 8, "frozen": True, "frozen_cell": True},
     {"name": "aux_free", "num_groups": 2, "bias_rate": 0.1},
+    {"name": "acmoe", "mix_weights": True, "scoring": "linear", "skip_connect": 0.25},
+    {"name": "vqmoe", "codebook": "ema", "top_k": 2},
+    {"name": "reinforce", "segment_size": 3},
 ]
 NAMES = sorted(routers.registry())
 CASES = [{"name": name, **SMALL.get(name, {})} for name in NAMES] + VARIANTS
@@ -87,11 +90,15 @@ def routers_of(model: Decoder) -> dict[str, Router]:
 
 
 def finish_step(model: Decoder, batch: BatchInfo, targets: Tensor, progress: float = 0.5) -> None:
-    """What the engine does after an optimizer step: buffers are then no longer what they start from."""
+    """What the engine does after an optimizer step, twice: buffers are then no longer what they start from.
+
+    ACMoE routes by its clusters after the second step.
+    """
     training = model.training
-    stats = model.train()(batch, targets).stats
-    for name, router in routers_of(model).items():
-        router.after_step(stats[name], progress)
+    for _ in range(2):
+        stats = model.train()(batch, targets).stats
+        for name, router in routers_of(model).items():
+            router.after_step(stats[name], progress)
     model.train(training)
 
 

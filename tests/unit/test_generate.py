@@ -384,6 +384,7 @@ def test_a_run_that_cannot_use_a_cache_samples_all_the_same(tmp_path: Path) -> N
     done = launch("pretrain", *words, *router, "train.steps=1", "parallel.tp=2", f"run.dir={tmp_path / 'run'}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "sample.txt").read_bytes()) > len(b"def ")
+    assert done.stderr.count("not a causal model: model.router.causal=false") == 1  # said at the start, by one rank
 
 
 @pytest.mark.parametrize(

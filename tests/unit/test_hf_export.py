@@ -32,6 +32,17 @@ def test_every_router_is_exported_or_refused_by_name(name: str) -> None:
             remote.check_exportable(model)
 
 
+def test_the_modeling_file_is_written_alone(tmp_path: Path) -> None:
+    """launch/convert.py modeling."""
+    lines = remote.write_modeling("recurrent", tmp_path / "modeling.py")
+    written = (tmp_path / "modeling.py").read_text()
+    assert written == remote.modeling_code("recurrent")
+    assert len(written.splitlines()) == lines
+    with pytest.raises(UserError, match="smear: has no modeling file; the routers that have one are topk, recurrent"):
+        remote.write_modeling("smear", tmp_path / "other.py")
+    assert not (tmp_path / "other.py").exists()
+
+
 @pytest.mark.parametrize(
     ("router", "model", "key"),
     [

@@ -42,6 +42,12 @@ MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part 
     "evaluate": {"checkpoint", "cli", "config", "data", "engine", "generate", "model", "parallel"},
 }
 TEMPLATE = Path("hf", "modeling.py")  # imported by nobody: it is a part of what is written for transformers
+SLOW = (
+    "matplotlib",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "moe_train.plots",
+)  # that a start, or start again, must not wait for
 OPTIONAL = {"deepspeed", "megablocks", "flash_attn", "transformers", "lm_eval", "triton", "wandb"}
 
 
@@ -71,6 +77,12 @@ def test_imports_follow_the_layers(path: Path) -> None:
         assert used <= MAY_IMPORT[part] | {part, "errors", "files", "patience"}
     optional = [name for name, top in imports(path) if top and name.split(".")[0] in OPTIONAL]
     assert not optional or path.relative_to(ROOT / "moe_train") == TEMPLATE
+
+
+def test_a_start_does_not_wait_for_plots_and_boards() -> None:
+    slow = [(path.name, name) for path in files() for name, top in imports(path) if top and name.startswith(SLOW)]
+    assert slow
+    assert {file for file, _ in slow} == {"plots.py"}
 
 
 @pytest.mark.parametrize(

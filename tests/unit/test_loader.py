@@ -183,10 +183,10 @@ def test_data_smaller_than_a_batch_is_repeated(tmp_path):
 # Steps
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks_together_get_the_step_of_one(prefix, size):
-    one = loader(prefix)
-    ranks = [loader(prefix, dp_rank=r, dp_size=size) for r in range(size)]
+    one = loader(prefix, micro_batch_size=1)
+    ranks = [loader(prefix, micro_batch_size=1, dp_rank=r, dp_size=size) for r in range(size)]
     for _ in range(40):
         whole = one.next_step()
         parts = [r.next_step() for r in ranks]
@@ -220,15 +220,15 @@ def test_another_seed_gives_another_order(prefix):
 # Resume
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_resuming_anywhere_continues_exactly(prefix, size):
-    source = loader(prefix)
+    source = loader(prefix, micro_batch_size=1)
     steps, states = [], []
     for _ in range(60):
         states.append(json.loads(json.dumps(source.state_dict())))
         steps.append(source.next_step())
     for at in (0, 1, 29, 30, 31, 59):
-        ranks = [loader(prefix, dp_rank=r, dp_size=size) for r in range(size)]
+        ranks = [loader(prefix, micro_batch_size=1, dp_rank=r, dp_size=size) for r in range(size)]
         for r in ranks:
             r.load_state_dict(states[at])
         for step in steps[at : at + 3]:

@@ -16,13 +16,14 @@ from models import TOPK, batch_of, config_of, decoder_of
 from ranks import run_ranks
 from tiny_run import rows, words_for
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_train.checkpoint import dcp
 from moe_train.checkpoint.examine import differences
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli import load_run, merge, parse
 from moe_train.config import Config
-from moe_train.data.loader import EvalRows, Loader, StepBatch
+from moe_train.data.loader import EvalRows, Loader, MicroBatch, StepBatch
 from moe_train.engine import memory
 from moe_train.engine.native import NativeEngine
 from moe_train.errors import UserError
@@ -195,6 +196,40 @@ def test_memory_is_used_where_rows_go_on_and_only_there(tmp_path: Path) -> None:
         assert (with_memory[at] != without[at]) == goes_on
     assert found["again"] == without[1]
     assert found["skipped"] == []  # what a step left that was not used may hold anything
+
+
+def joined(batches: list[StepBatch]) -> MicroBatch:
+    """The rows of consecutive steps behind each other, with positions and documents counted over the whole."""
+    micros = [micro for batch in batches for micro in batch.microbatches]
+    tokens, targets, labels = (torch.cat([getattr(m, name) for m in micros], 1) for name in ("tokens", "targets", "labels"))
+    starts = F.pad(targets[:, :-1] < 0, (1, 0))
+    columns = torch.arange(tokens.shape[1])
+    positions = columns - torch.where(starts, columns, 0).cummax(1).values
+    return MicroBatch(tokens, targets, positions, starts.cumsum(1), labels, micros[0].rows)
+
+
+def steps_and_long_rows(prefix: str) -> dict[str, Any]:
+    """Nats of each of four training steps of the same weights, and of the same columns of rows four times as long."""
+    layers = {"model": {"transformer_xl": {"attn_span": 4 * S, "dropout": 0.0}, "init_std": 0.3}}
+    config = parse(merge(merge(run_of(prefix, 4 * S, micro_batch_size=STREAMS), layers), FP64), "test")
+    engine, loader = NativeEngine(config, start_world(config)), loader_of(config)
+    batches = [loader.next_step() for _ in range(4)]
+    steps = [cross_entropy(engine, batch) * batch.target_count for batch in batches]
+    apart = [cross_entropy(engine, replace(batch, continues=False)) * batch.target_count for batch in batches]
+    rows = joined(batches)
+    with torch.no_grad():
+        whole = engine.model.forward(engine.model.batch_info(rows), rows.targets, None).token_loss
+    documents = int(rows.doc_ids.max())
+    return {"steps": steps, "apart": apart, "long": [float(part.sum()) for part in whole.split(S, 1)], "documents": documents}
+
+
+def test_training_steps_with_memory_see_what_long_rows_see(tmp_path: Path) -> None:
+    """Through loader and engine: as many rows are kept as attention sees, and documents end in the rows."""
+    (found,) = run_ranks(1, steps_and_long_rows, write_corpus(tmp_path / "corpus"))
+    assert found["documents"] > 0
+    assert found["steps"] == pytest.approx(found["long"], rel=1e-6)
+    for step, apart in zip(found["steps"][1:], found["apart"][1:], strict=True):
+        assert abs(step - apart) > 1e-3 * apart
 
 
 ROUTERS = ({"name": "recurrent", "router_size": 8, "balance_scope": "sequence"}, {"name": "smear", "segment_size": 3})

@@ -263,6 +263,17 @@ def test_the_attack_does_not_depend_on_parts(tmp_path, folder, monkeypatch):
     assert content(tmp_path / "three") != content(tmp_path / "one")
 
 
+def test_a_document_that_is_too_long_for_the_format_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    """Of 2**31 tokens; here the limit is lower."""
+    monkeypatch.setattr("moe_train.data.writer.MAX_DOCUMENT", 20)
+    (tmp_path / "x.txt").write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match="document 0 has 21 tokens, outside 1 to 20; split it"):
+        prepare(Inputs([tmp_path / "x.txt"]), tmp_path / "d", ByteTokenizer())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+    (tmp_path / "x.txt").write_bytes(b"x" * 19)
+    assert prepare(Inputs([tmp_path / "x.txt"]), tmp_path / "d", ByteTokenizer()).tokens == 20
+
+
 @pytest.mark.slow
 def test_more_than_two_gigabytes(tmp_path):
     """Positions beyond 2**31 bytes: five parts of half a gigabyte."""

@@ -1,5 +1,6 @@
 """A forged checkpoint runs no code, reads nothing outside of its folder, and fills no tensor by half."""
 
+import json
 import os
 import pickle
 import re
@@ -275,6 +276,18 @@ def test_logical_tensors(checkpoint: Path) -> None:
 def test_a_state_that_is_none_is_refused(checkpoint: Path, edit: Callable) -> None:
     reseal(checkpoint, edit)
     assert str(checkpoint) in refusal(checkpoint)
+
+
+def test_every_byte_of_the_manifest_counts(checkpoint: Path) -> None:
+    """Also those that can change and leave what it says."""
+    reseal(checkpoint, lambda state: {**state, "config": {"lr": 1e-05}})
+    written = (checkpoint / "manifest.json").read_bytes()
+    for old, new in ((b", ", b",\t"), (b": ", b":\n"), (b"1e-05", b"1E-05")):
+        changed = written.replace(old, new, 1)
+        assert changed != written
+        assert json.loads(changed) == json.loads(written)
+        (checkpoint / "manifest.json").write_bytes(changed)
+        assert "manifest.json is not as it was saved" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "/dev/null", ""])

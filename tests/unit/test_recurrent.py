@@ -150,6 +150,17 @@ def test_what_is_frozen(settings: dict, trained: set[str]) -> None:
     assert all(p.grad is not None for name, p in model.named_parameters() if "router" not in name)
 
 
+def test_a_dense_layer_passes_the_state_on() -> None:
+    model = decoder_of(config_of({"name": "recurrent", "router_size": 8}, num_layers=3, moe_layer_freq=[1, 0, 1]).model)
+    states = []
+    for name in ("0", "2"):
+        router = model.layers[name].mlp.router
+        router.register_forward_hook(lambda module, args, out: states.extend([args[1], out.state]))
+    model(batch_of([[6]])[0])
+    assert torch.equal(states[1], states[2])
+    assert float(states[1].detach().abs().max()) > 0
+
+
 def test_cosine_logits_have_a_temperature() -> None:
     with pytest.raises(UserError, match=r"model\.router\.initial_logits=linear: the spread of cosine logits"):
         parse({"model": {"router": {**RECURRENT, "scoring": "cosine", "initial_logits": "linear"}}}, "test")

@@ -1,6 +1,7 @@
 """Saving in the background: what is in the copy, who waits for whom, and what a refusal or an error does."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,7 +165,7 @@ def save_on_two_ranks(folder: Path) -> dict[str, Any]:
         if dist.get_rank() == 1:
             dcp.hash_record = refuse_reading
         saver.start(3, {"model": {"experts": experts}}, {}, {})
-        found["refused"] = str(saver.wait())
+        found["refused"] = re.sub(r"[\d.]+ MB", "some MB", str(saver.wait()))  # each rank has looked for itself
     return found
 
 

@@ -14,8 +14,6 @@ from corpora import write_corpus
 from launches import ROOT, Launch, command, launch
 from tiny_run import rows, words_for
 
-pytestmark = pytest.mark.xdist_group("train")  # one whole run for all
-
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -210,12 +208,12 @@ def test_a_model_that_is_not_causal_is_said_at_the_start(
     for main, said in ((True, 1), (False, 0)):
         caplog.clear()
         monkeypatch.setattr(trainer, "start_world", lambda config, main=main: SimpleNamespace(main=main))
-        monkeypatch.setattr(trainer, "settle", lambda config, *_: config)
+        monkeypatch.setattr(trainer, "settle", lambda config, name: config)
         monkeypatch.setattr(trainer, "check_model", stop)
         router = {"name": "acmoe", "causal": False}
         config = parse({"run": {"dir": "nowhere"}, "model": {"router": router, "vocab_size": 320}}, "test")
         with pytest.raises(SystemExit):
-            trainer.train(config)
+            trainer.train(config, task=lambda config, *_: (config, None))
         assert [r.getMessage().startswith("not a causal model: model.router.causal=false") for r in caplog.records] == [
             True
         ] * said

@@ -150,6 +150,19 @@ def test_words_are_those_of_transformer_xl():
     assert tokenizer.decode([*ids, tokenizer.eod]) == WIKI
 
 
+def test_a_vocabulary_of_the_size_of_wikitext_103_s(tmp_path):
+    """267,735 words: more than uint16 holds, counted, saved and read again."""
+    lines = (" ".join(f"w{i}" for i in range(start, min(start + 1000, 267_733))) for start in range(0, 267_733, 1000))
+    text = "".join(f" {line} <unk> \n" for line in lines).encode()
+    with DatasetWriter(tmp_path / "d", WordTokenizer.read([text])) as writer:
+        writer.add_text(text)
+    dataset, tokenizer = IndexedDataset(tmp_path / "d"), load_dataset_tokenizer(tmp_path / "d")
+    assert tokenizer.vocab_size == dataset.sidecar.vocab_size == 267_735
+    ids = dataset.document(0)
+    assert set(ids.tolist()) == set(range(267_735))
+    assert tokenizer.decode_bytes(ids) == text
+
+
 def test_unknown_words_become_unk_and_white_space_is_not_kept():
     tokenizer = WordTokenizer.read([b"a b b c c c"], min_count=2)
     assert tokenizer.vocab_size == 4
