@@ -204,7 +204,8 @@ class Model:
         sums = torch.zeros(3, dtype=torch.float64)
         for some in self.score(microbatches, memories):
             nats = float(some.nats.sum(dtype=torch.float64))
-            sums += torch.tensor([nats, len(some.targets), int(count_bytes(some.targets, byte_lengths))])
+            bytes_ = int(count_bytes(some.targets, byte_lengths))
+            sums += torch.tensor([nats, len(some.targets), bytes_], dtype=torch.float64)
         sums = sums.to(self.world.device)
         dist.all_reduce(sums)
         return Sums(float(sums[0]), int(sums[1]), int(sums[2]))

@@ -87,8 +87,10 @@ def save(
     dist.broadcast_object_list(known)
     if not known[0]:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.timeout_seconds))
-        dcp.save(there, weights_step, {"model": weights}, {"config": config.model_dump(mode="json")}, files, group=group)
-        dist.destroy_process_group(group)
+        try:
+            dcp.save(there, weights_step, {"model": weights}, {"config": config.model_dump(mode="json")}, files, group=group)
+        finally:
+            dist.destroy_process_group(group)
 
     def write() -> None:
         assert everyone is not None

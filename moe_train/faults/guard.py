@@ -94,8 +94,9 @@ class Guard:
         facts = {"cause": finding.cause, "text": finding.text, "loss": str(result.loss), "grad_norm": str(norm)}
         facts["checkpoint"] = next((path.name for path in reversed(dcp.checkpoints(self.folder / "checkpoints"))), "")
         weights = self.engine.model.state_dict()
-        files = self.files() if self.world.main else {}
+        files: dict[str, bytes] = {}
         try:
+            dcp.on_main(lambda: files.update(self.files()))  # where rank 0 alone fails, the others would wait for it
             since, fresh = step - self.skipped, self.skipped == 1
             path = bundle.save(self.folder, step, batch, weights, since, fresh, facts, self.config, self.world, files)
         except (OSError, dcp.NotSaved) as error:
