@@ -192,6 +192,7 @@ def nan(run: Run, chance: random.Random) -> str:
 
 def corrupt(run: Run, chance: random.Random) -> str:
     """A byte of the newest checkpoint changes: one error that names the file, status 2; without it, the one before is taken."""
+    run.wait_for(lambda said: bool(dcp.checkpoints(run.checkpoints)), "to save")
     run.end()
     newest = dcp.checkpoints(run.checkpoints)[-1]
     path = chance.choice(sorted(p for p in newest.iterdir() if p.is_file()))

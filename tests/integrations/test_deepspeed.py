@@ -135,7 +135,7 @@ def all_of(work: Callable[..., Any], jobs: dict[str, tuple[Any, ...]]) -> dict[s
 
 def together(ranks: int, work: Callable[..., Any], jobs: dict[str, tuple[Any, ...]]) -> dict[str, list[Any]]:
     """Results of every job, by rank. New ranks would have to import DeepSpeed again."""
-    results = run_ranks(ranks, all_of, work, jobs, timeout=900)
+    results = run_ranks(ranks, all_of, work, jobs, timeout=900, patience=600)  # compilation takes minutes
     return {name: [found.get(name, "an earlier job failed") for found in results] for name in jobs}
 
 
