@@ -17,7 +17,8 @@ CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 # Two ranks wait for each other a few times a step, two threads hundreds of times: on a busy machine that is several times slower.
 RANKS ?= $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
 THREADS ?= $(shell [ $(CORES) -ge $(RANKS) ] && echo $$(($(CORES) / $(RANKS))) || echo 1)
-TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS)
+PRIVATE := --rdzv-backend=private --rdzv-endpoint=127.0.0.1:0
+TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun $(PRIVATE) --nproc-per-node=$(RANKS)
 
 .PHONY: help corpus pretrain test test-slow test-layouts test-reshard test-faults test-integrations test-integrations-slow test-slurm test-image test-gpu bench-gpu bench-export lint types format docs aot clean
 help: ## list the commands
@@ -81,33 +82,35 @@ test-faults: $(VENV)/.installed-dev ## more than a hundred faults in real runs, 
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py run $(FAULT_DATA) $(ARGS)
 	$(BIN)/python tests/faults/campaign.py table $(FAULT_DATA)
 
-# Small shapes under the sanitizers: they slow a kernel down a hundredfold.
+# Small shapes under the sanitizers: they slow a kernel down a hundredfold. Without torch's cache each tensor is an allocation of its own,
+# so that memcheck sees where it ends.
 SANITIZED := -m gpu tests/kernels -k sanitizer -p no:cacheprovider
 test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device, then memcheck and racecheck where compute-sanitizer is installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	@for tool in memcheck racecheck; do \
 	  if command -v compute-sanitizer > /dev/null; then \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED) || exit 1; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED) || exit 1; \
 	  else echo "compute-sanitizer is not installed: $$tool was not run"; fi; done
 
 BENCH_DATA ?= kernels/benchmarks/data
 bench-gpu: $(VENV)/.installed-dev ## kernels beside their rivals, then end to end, on a CUDA device; rows go to kernels/benchmarks/data
 	$(BIN)/python kernels/benchmarks/run.py --output $(BENCH_DATA)/kernels.jsonl $(ARGS)
 	for router in recurrent topk; do \
-	  $(BIN)/torchrun --standalone --nproc-per-node=1 launch/benchmark.py configs/rmoe_1b_8xa100.yaml data.tokenizer=bytes \
+	  $(BIN)/torchrun $(PRIVATE) --nproc-per-node=1 launch/benchmark.py configs/rmoe_1b_8xa100.yaml data.tokenizer=bytes \
 	    model.router.name=$$router model.router.top_k=4 train.micro_batch_size=8 train.global_batch_size=16 \
 	    --output $(BENCH_DATA)/training.jsonl || exit 1; done
 
 EXPORTED := data.tokenizer=bytes model.router.name=topk model.hidden_size=512 model.num_layers=12 model.num_heads=8 \
-  model.num_experts=16 model.ffn_hidden_size=512 train.steps=1 train.global_batch_size=1 train.micro_batch_size=1 train.seq_len=64 \
+  model.num_experts=32 model.ffn_hidden_size=512 train.steps=1 train.global_batch_size=1 train.micro_batch_size=1 train.seq_len=64 \
   eval.max_rows=1 sample.max_tokens=0
-bench-export: $(VENV)/.installed-integrations ## peak memory of an export to Hugging Face beside the model's size; a row in kernels/benchmarks/data
+bench-export: $(VENV)/.installed-integrations ## peak memory of exports to Hugging Face beside the model's size; rows in kernels/benchmarks/data
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-	head -c 20000 README.md > $$scratch/text.txt && \
+	head -c 4000 README.md > $$scratch/text.txt && \
 	$(BIN)/python launch/prepare_data.py $$scratch/text.txt --output $$scratch/text && \
 	$(BIN)/python launch/pretrain.py configs/quickstart.yaml $(EXPORTED) run.dir=$$scratch/run \
 	  data.train=$$scratch/text data.valid=$$scratch/text data.test=$$scratch/text && \
-	$(BIN)/python launch/convert.py to-hf $$scratch/run $$scratch/hf --memory $(BENCH_DATA)/export.jsonl
+	$(BIN)/python launch/convert.py to-hf $$scratch/run $$scratch/stock --memory $(BENCH_DATA)/export.jsonl && \
+	$(BIN)/python launch/convert.py to-hf $$scratch/run $$scratch/remote --remote-code --memory $(BENCH_DATA)/export.jsonl
 
 aot: $(VENV)/.installed-dev ## compile every Triton kernel for every architecture; prints registers, shared memory, instructions
 	$(BIN)/python -m moe_kernels.aot $(ARGS)

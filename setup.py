@@ -1,16 +1,23 @@
 """Packaging. Imports nothing but setuptools, so that it runs before torch is there."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="moe_train",
     version="0.1.0",
     description="Train mixture-of-experts language models with any router under any parallel layout",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["moe_train*"]), *find_packages("kernels", include=["moe_kernels*"])],
-    package_dir={"moe_kernels": "kernels/moe_kernels"},
-    package_data={"moe_kernels": ["*.json"]},
+    packages=[
+        *find_packages(include=["moe_train*"]),
+        "moe_train.launch",  # so that a wheel has the commands: python -m moe_train.launch.pretrain
+        *find_packages("kernels", include=["moe_kernels*"]),
+    ],
+    package_dir={"moe_train.launch": "launch", "moe_kernels": "kernels/moe_kernels"},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -38,10 +45,11 @@ setup(
             "triton==3.7.1; platform_system == 'Linux'",
         ],
         "data": ["tokenizers>=0.21", "backports.zstd>=1.0; python_version < '3.14'"],
-        "hf": ["transformers>=5.0"],
+        "hf": ["transformers>=5.0", "safetensors>=0.8"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "eval": ["lm_eval>=0.4.13,<0.5"],
         "gpu": ["triton>=3.6"],
         "wandb": ["wandb>=0.19"],
     },
+    entry_points={"torchrun.handlers": ["private = moe_train.parallel.private_rendezvous:creator"]},
 )

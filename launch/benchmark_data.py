@@ -1,8 +1,8 @@
 """Measure how fast data is prepared and loaded: `python launch/benchmark_data.py prepare|loader ... [--output FILE]`.
 
-`prepare [--tokenizer bytes|FILE] [--megabytes N] [--workers N]`: text per second, and with a SentencePiece model beside a bare loop
-over its own encode. `loader CONFIG.yaml [section.key=value ...] [--steps N]`: the loader of a run with data.train beside the run's
-training. With --output a row with hardware and versions is appended to a file of JSON lines.
+`prepare [--tokenizer bytes|FILE] [--megabytes N] [--workers N] [--document-bytes N]`: text per second, and with a SentencePiece model
+in pairs with a bare loop over its own encode. `loader CONFIG.yaml [section.key=value ...] [--steps N]`: the loader of a run with
+data.train beside the run's training. With --output a row with hardware and versions is appended to a file of JSON lines.
 """
 
 import sys
@@ -20,9 +20,12 @@ def run(words: list[str]) -> None:
     from moe_train import benchmark, benchmark_data
 
     if given.what == "prepare":
-        row = benchmark_data.measure_prepare(given.tokenizer, given.megabytes, given.workers)
+        row = benchmark_data.measure_prepare(given.tokenizer, given.megabytes, given.workers, given.document_bytes)
         rate = f"{row['megabytes_per_second_per_worker']:.1f} MB/s a worker, {row['megabytes_per_second']:.1f} MB/s together"
-        share = f", {row['share_of_bare']:.0%} of a bare loop" if "share_of_bare" in row else ""
+        share = ""
+        if "share_of_bare" in row:
+            spread = f"{row['share_of_bare_least']:.0%} to {row['share_of_bare_most']:.0%} in {row['pairs']} pairs"
+            share = f", {row['share_of_bare']:.0%} of a bare loop ({spread})"
         print(f"{row['tokenizer']}: {rate}{share} ({row['device']})")
     else:
         config = load_run(given.config, given.overrides)
@@ -42,6 +45,7 @@ def read(words: list[str]) -> Namespace:
     prepare.add_argument("--tokenizer", metavar="bytes|FILE", default="bytes")
     prepare.add_argument("--megabytes", type=float, default=20, help="of text (default: 20)")
     prepare.add_argument("--workers", type=int, default=1)
+    prepare.add_argument("--document-bytes", type=int, help="cut longer documents (default: files of the corpus as they are)")
     loader = kinds.add_parser("loader")
     loader.add_argument("config", type=Path)
     loader.add_argument("overrides", nargs="*", help="section.key=value")
@@ -49,8 +53,9 @@ def read(words: list[str]) -> Namespace:
     for kind in (prepare, loader):
         kind.add_argument("--output", type=Path, help="append a row to this file")
     given = parser.parse_args(words)
-    if min(getattr(given, "workers", 1), getattr(given, "steps", 1), getattr(given, "megabytes", 1)) <= 0:
-        parser.error("--workers, --steps and --megabytes must be positive")
+    names = ("workers", "steps", "megabytes", "document_bytes")
+    if min(value for name in names if (value := getattr(given, name, None)) is not None) <= 0:
+        parser.error("--workers, --steps, --megabytes and --document-bytes must be positive")
     return given
 
 

@@ -10,6 +10,7 @@ A checkpoint that is written here is one of step 0; a run starts from it with ch
 logits of both models on real text, prints the largest difference, and writes nothing where they should be equal and are not.
 """
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -73,18 +74,22 @@ def _convert(given: Namespace) -> str:
 
 
 def _measured(given: Namespace) -> str:
-    """Export, and record the peak of memory beside the size of the model."""
+    """Export, and record the peak of memory beside the size of the model. Libraries are not counted: they are imported before."""
+    import safetensors
     import torch
+    import transformers
 
     from moe_train import benchmark
     from moe_train.hf import exporting
     from moe_train.hf.memory import peak_memory
 
-    with peak_memory() as peak:
+    with peak_memory() as memory:
         difference = exporting.to_hf(Path(given.source), given.out, given.overrides, given.remote_code)
+    architecture = json.loads((given.out / "config.json").read_text())["architectures"][0]
     size = sum(file.stat().st_size for file in given.out.glob("*.safetensors"))
-    row = {"export": str(given.source), "model_bytes": size, **peak, "ratio": peak["anonymous_bytes"] / size}
-    benchmark.append(row | benchmark.machine(torch.device("cpu")), given.memory)
+    row = {"export": architecture, "model_bytes": size, **memory, "ratio": memory["peak_bytes"] / size}
+    versions = {"transformers": transformers.__version__, "safetensors": safetensors.__version__}
+    benchmark.append(row | versions | benchmark.machine(torch.device("cpu")), given.memory)
     return f"{difference}; memory at most {row['ratio']:.2f} x the model's {size / 1e6:.0f} MB"
 
 

@@ -1,4 +1,4 @@
-"""Train a model: `torchrun --nproc-per-node=N launch/pretrain.py CONFIG.yaml [section.key=value ...]`."""
+"""Train a model: `torchrun --rdzv-backend=private --nproc-per-node=N launch/pretrain.py CONFIG.yaml [section.key=value ...]`."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """How fast data is prepared and loaded: preparation beside a bare loop over the tokenizer, the loader beside training."""
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,48 +22,43 @@ from moe_train.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from moe_train.parallel.mesh import start_world
 from moe_train.train import data_loader, settle_vocabulary
 
-REPEATS = 15  # short turns: on a shared machine some of them are undisturbed
+PAIRS = 5
 
 
-def measure_prepare(tokenizer: str, megabytes: float, workers: int) -> dict[str, Any]:
-    """Time the preparation of JSON lines made of the default corpus; with one worker beside a bare loop over SentencePiece's encode.
+def measure_prepare(tokenizer: str, megabytes: float, workers: int, document_bytes: int | None = None) -> dict[str, Any]:
+    """Time the preparation of JSON lines made of the default corpus, in pairs with a bare loop over SentencePiece's encode.
 
-    Rates are of text. With one worker they are per second of processor time, so that other work on the machine does not count,
-    and the best of REPEATS turns that alternate between both sides.
+    The loop is what a user would write for the same documents in one process, in the fastest form that SentencePiece has. Rates are
+    of text. With one worker they are per second of processor time, so that other work on the machine does not count. A share is that
+    of one pair, whose two sides follow each other; the median pair counts. `document_bytes` cuts documents shorter.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "text.jsonl")
-        texts = list(_texts(int(megabytes * 1e6)))
+        path, output = Path(folder, "text.jsonl"), Path(folder, "out")
+        texts = list(_texts(int(megabytes * 1e6), document_bytes))
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         encoder, size = load_tokenizer(tokenizer), sum(len(text.encode()) for text in texts) / 1e6
         clock = time.process_time if workers == 1 else time.perf_counter
         bare: list[float] = []
         ours: list[float] = []
-        processor = spm.SentencePieceProcessor()
-        if beside := isinstance(encoder, SentencePieceTokenizer) and workers == 1:
-            processor.load(tokenizer)
-
-        def bare_loop() -> None:
-            for text in texts:
-                processor.encode(text, return_type="numpy")  # the fastest that it has
-
-        for _ in range(REPEATS):
-            if beside:
-                bare.append(size / _seconds(bare_loop, clock))
-            inputs, output = Inputs([path]), Path(folder, "out")
-            ours.append(size / _seconds(partial(prepare, inputs, output, encoder, workers=workers), clock))
-    rate = max(ours)
-    row = {
-        "what": "prepare",
-        "tokenizer": encoder.name,
-        "vocab_size": encoder.vocab_size,
-        "megabytes": size,
-        "workers": workers,
-    }
-    row |= {"megabytes_per_second": rate, "megabytes_per_second_per_worker": rate / workers, "clock": clock.__name__}
+        for _ in range(PAIRS):
+            if isinstance(encoder, SentencePieceTokenizer):
+                processor = spm.SentencePieceProcessor(model_file=tokenizer)
+                bare.append(size / _seconds(partial(_bare_loop, processor, texts), clock))
+            ours.append(size / _seconds(partial(prepare, Inputs([path]), output, encoder, workers=workers), clock))
+    rate = statistics.median(ours)
+    row = {"what": "prepare", "tokenizer": encoder.name, "vocab_size": encoder.vocab_size, "workers": workers}
+    row |= {"megabytes": size, "documents": len(texts), "pairs": PAIRS, "clock": clock.__name__}
+    row |= {"megabytes_per_second": rate, "megabytes_per_second_per_worker": rate / workers}
     if bare:
-        row |= {"bare_megabytes_per_second": max(bare), "share_of_bare": rate / max(bare)}
+        shares = sorted(a / workers / b for a, b in zip(ours, bare, strict=True))
+        row |= {"bare_megabytes_per_second": statistics.median(bare), "share_of_bare": statistics.median(shares)}
+        row |= {"share_of_bare_least": shares[0], "share_of_bare_most": shares[-1]}
     return row | machine(torch.device("cpu"))
+
+
+def _bare_loop(processor: spm.SentencePieceProcessor, texts: list[str]) -> None:
+    for text in texts:
+        processor.encode(text, return_type="numpy")
 
 
 def measure_loader(config: Config, steps: int) -> dict[str, Any]:
@@ -80,12 +76,15 @@ def measure_loader(config: Config, steps: int) -> dict[str, Any]:
     return row | shape | {"weights": config.data.weights, "order": config.data.order} | machine(world.device)
 
 
-def _texts(size: int) -> Iterator[str]:
+def _texts(size: int, most: int | None) -> Iterator[str]:
     for source in cycle(read_sources()):
-        if size <= 0:
-            return
-        size -= len(source.text)
-        yield source.text.decode("utf-8", errors="replace")
+        text = source.text.decode("utf-8", errors="replace")
+        step = most or max(len(text), 1)
+        for start in range(0, len(text), step):
+            if size <= 0:
+                return
+            yield text[start : start + step]
+            size -= min(step, len(text) - start)
 
 
 def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:

@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,90 +21,19 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from moe_train import config as tree
 from moe_train import routers
+from moe_train.agent import ANSWER_SECONDS, tell_mistake
 from moe_train.config import Config
 from moe_train.config.layout import check_layout
 from moe_train.errors import UserError
 from moe_train.patience import within
+from moe_train.yaml_text import DEEPEST, read_yaml, short
 
 Mapping = dict[str, Any]
 
 
 LARGEST_FILE = 1 << 18  # bytes of a run file
 MOST_FILES = 100  # that a run file extends
-DEEPEST = 16  # sections inside each other
 MOST_PROBLEMS = 50  # in a report
-ANSWER_SECONDS = 5.0  # that other ranks get
-
-
-class _Loader(yaml.SafeLoader):
-    """What a run needs of YAML: no key twice, 1e-3 is a number and 2026-01-01 is text.
-
-    Tags are refused, and aliases of anything but a single value: a few lines of them can stand for a billion values.
-    """
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()
-        aliased = self.check_event(yaml.AliasEvent)
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read; remove it", event.start_mark)
-        if self.depth == DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels of nesting", event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if aliased and not isinstance(node, yaml.ScalarNode):
-            rule = "an alias may stand for a single value only; write the rest out, or use extends"
-            raise yaml.composer.ComposerError(None, None, rule, event.start_mark)
-        return node
-
-
-_TYPES = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
-_Loader.yaml_implicit_resolvers = {
-    start: [(tag, pattern) for tag, pattern in resolvers if tag in _TYPES]
-    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> Mapping:
-    content: Mapping = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {_short(key)} is not text", node.start_mark)
-        if key in content:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {_short(key)} appears twice", node.start_mark)
-        content[key] = loader.construct_object(value_node, deep=True)
-    return content
-
-
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    number = int(loader.construct_yaml_int(node))
-    if not -(2**63) <= number < 2**63:
-        raise yaml.constructor.ConstructorError(None, None, "a whole number does not fit 64 bits", node.start_mark)
-    return number
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
-
-
-def _short(value: object) -> str:
-    """A value as an error shows it."""
-    shown = repr(value)
-    return shown if len(shown) < 80 else shown[:77] + "..."
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML; `where` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def merge(base: Mapping, over: Mapping) -> Mapping:
@@ -140,7 +68,7 @@ def read_file(path: Path, above: tuple[Path, ...] = (), read: list[Path] | None 
     parents = content.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
-        raise UserError(f"{path}: extends={_short(parents)}: must be a path or a list of paths")
+        raise UserError(f"{path}: extends={short(parents)}: must be a path or a list of paths")
     merged: Mapping = {}
     for parent in parents:
         merged = merge(merged, read_file(path.parent / parent, (*above, path), read))
@@ -157,7 +85,7 @@ def _read_text(path: Path) -> tuple[Path, str]:
             raise ValueError(f"it has more than {LARGEST_FILE} bytes")
         return path, raw.decode("utf-8")
     except (OSError, ValueError, RuntimeError) as error:  # links in a circle are a RuntimeError
-        raise UserError(f"{path}: cannot be read as a run file: {error}") from None
+        raise UserError(f"{path}: cannot be read as a run file: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_override(word: str) -> Mapping:
@@ -165,7 +93,7 @@ def read_override(word: str) -> Mapping:
     path, equals, value = word.partition("=")
     keys = path.split(".")
     if not equals or not all(keys) or len(keys) > DEEPEST:
-        raise UserError(f"{_short(word)}: not understood; an override is section.key=value")
+        raise UserError(f"{short(word)}: not understood; an override is section.key=value")
     nested: Any = read_yaml(value, f"the value of {path}")
     for key in reversed(keys):
         nested = {key: nested}
@@ -239,14 +167,14 @@ def _path(item: ErrorDetails) -> str:
 def _describe(item: ErrorDetails, path: str, content: Mapping) -> str:
     value = item["input"]
     if item["type"] == "extra_forbidden":
-        return f"{path if path.isprintable() and len(path) < 80 else _short(path)}: unknown key{_nearest(path, content)}"
+        return f"{path if path.isprintable() and len(path) < 80 else short(path)}: unknown key{_nearest(path, content)}"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         names = sorted(routers.registry())
         name = value.get("name") if isinstance(value, dict) else value
         close = difflib.get_close_matches(str(name), names, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"model.router.name={_short(name)}: not a router{hint} (one of {', '.join(names)})"
-    return f"{path}={_short(value)}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        return f"model.router.name={short(name)}: not a router{hint} (one of {', '.join(names)})"
+    return f"{path}={short(value)}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _nearest(path: str, content: Mapping) -> str:
@@ -261,6 +189,8 @@ def _nearest(path: str, content: Mapping) -> str:
     close = difflib.get_close_matches(last, siblings, 1)
     if close:
         return f"; did you mean {'.'.join([*parents, close[0]])}?"
+    if parents == ["model", "router"] and (others := [n for n, r in routers.registry().items() if last in r.model_fields]):
+        return f"; a key of {', '.join(sorted(others))}, and this router is {name}, which has {', '.join(siblings)}"
     elsewhere = [key for key in known if key.endswith("." + last)]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
@@ -366,14 +296,25 @@ def main(run: Callable[[list[str]], None], words: list[str]) -> None:
     except (UserError, KernelError) as error:
         if _mistakes(1, default=int(rank) + 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_mistake()
         status = 2
     except Exception:
         if not _mistakes(0, default=0):
             raise
         status = 2  # another rank has ended with a mistake that it has told, and this one lost its connection to it
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        _leave_group(failed=status != 0)
     sys.exit(status)
+
+
+def _leave_group(failed: bool) -> None:
+    """End this rank's part in the process group. Where it has failed the others may be in a collective: nothing waits for them."""
+    import torch.distributed as dist
+
+    if failed:
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()  # NCCL's waits for what is under way, on all ranks
 
 
 def _mistakes(more: int, default: int) -> int:

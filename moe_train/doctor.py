@@ -33,6 +33,7 @@ OLDEST = {"torch": (2, 11), "numpy": (1, 26), "pydantic": (2, 10), "safetensors"
 PROBE_BYTES = 64 << 20  # written to the disk, and reduced on CUDA (a quarter of it on CPU)
 SLOWEST_DISK = 20e6  # bytes a second
 SLOWEST_SHARE = 0.7  # of the median rank's rate
+SLOWEST_LINK = 5e9  # bytes a second between GPUs: PCIe and InfiniBand are faster, plain sockets are not
 LARGEST_SKEW = 1.0  # seconds between the ranks' clocks
 STATE_BYTES = 12  # of a parameter in a checkpoint: fp32 and two moments
 SAMPLES = 64  # places of a dataset that are read
@@ -171,21 +172,26 @@ def _links(world: World) -> Checks:
         dist.all_reduce(values)
         _wait(world)
         seconds.append(time.perf_counter() - start)
-    right = bool((values == world.size * (world.size + 1) / 2).all())
-    speed = 2 * (world.size - 1) / world.size * values.nbytes / min(seconds[1:])
-    text = f"{speed / 1e9:.2f} GB/s bus bandwidth for {values.nbytes >> 20} MiB on {world.size} ranks" + (
-        "" if right else ", WRONG SUM"
-    )
-    yield Check(
-        "all-reduce",
-        all(_gather(world, float(right))),
-        text,
-        "a link or device corrupts data: find it by fewer ranks at a time",
-    )
+    right = all(_gather(world, float((values == world.size * (world.size + 1) / 2).all())))
+    speed = min(_gather(world, 2 * (world.size - 1) / world.size * values.nbytes / min(seconds[1:])))
+    text = f"{speed / 1e9:.2f} GB/s bus bandwidth for {values.nbytes >> 20} MiB on {world.size} ranks"
+    yield judge_links(right, speed, text, gpus=world.device.type == "cuda")
     _wait(world)
     times = _gather(world, time.time())
     skew = max(times) - min(times)
     yield Check("clocks", skew < LARGEST_SKEW, f"the ranks' clocks are within {skew:.3f} s", "synchronise them (chrony, ntpd)")
+
+
+def judge_links(right: bool, speed: float, text: str, gpus: bool) -> Check:
+    """What an all-reduce shows that gave the right sum or not, at `speed`; of CPUs any speed is taken."""
+    if not right:
+        return Check(
+            "all-reduce", False, f"{text}, WRONG SUM", "a link or device corrupts data: find it by fewer ranks at a time"
+        )
+    remedy = (
+        "NCCL_DEBUG=INFO shows which transport was chosen, and launch/slurm/nccl.env how to choose; plain sockets are too slow"
+    )
+    return Check("all-reduce", not gpus or speed >= SLOWEST_LINK, text, remedy)
 
 
 def _wait(world: World) -> None:

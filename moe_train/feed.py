@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
+from moe_train.config import Config
 from moe_train.data.loader import MicroBatch, StepBatch
 from moe_train.engine.native import NativeEngine
+from moe_train.parallel.mesh import World, data_place
 
 
 class Batches(Protocol):
@@ -30,6 +32,36 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[MicroBatch]:
         """All micro-batches, from the first on."""
         ...
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Rows that say so to `alive` whenever a micro-batch is taken: an evaluation may take long, and does not stand still."""
+
+    rows: Rows
+    alive: Callable[[], None]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Those of `rows`."""
+        for micro in self.rows:
+            self.alive()
+            yield micro
+
+
+class BatchSizes(TypedDict):
+    """Of micro-batches, and the place of a rank among those that share them out."""
+
+    seq_len: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+
+
+def batch_sizes(config: Config, world: World) -> BatchSizes:
+    """What all that yields micro-batches of a run is told of them."""
+    rank, size = data_place(config.parallel, world)
+    train = config.train
+    return BatchSizes(seq_len=train.seq_len, micro_batch_size=train.micro_batch_size, dp_rank=rank, dp_size=size)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,9 @@ SIGTERM may come twice for one request: SLURM sends it to every process of a ste
 
 import enum
 import signal
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Self
-
-import torch
-import torch.distributed as dist
-
-from moe_train.parallel.mesh import World
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAVE_SIGNAL = signal.SIGUSR1
@@ -25,11 +21,16 @@ class Request(enum.IntEnum):
     STOP = 2
 
 
+def agreed(votes: Sequence[float]) -> Request:
+    """What any rank was asked, from the sum of all votes: signals do not arrive at one time, and all ranks have to do the same."""
+    save, stop = votes
+    return Request.STOP if stop else Request.SAVE if save else Request.NOTHING
+
+
 class StopRequest:
     """Context manager that remembers signals instead of dying of them, but for a SIGINT after one that asks to stop."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self) -> None:
         self.name: str | None = None  # of the signal that asks this rank to end
         self.save = False
 
@@ -42,14 +43,10 @@ class StopRequest:
         self._restore()
         signal.signal(SAVE_SIGNAL, self._before_save)
 
-    def agreed(self) -> Request:
-        """What any rank was asked: the same answer on all of them, for signals do not arrive at one time. Saving is asked for once."""
+    def votes(self) -> list[float]:
+        """What this rank was asked, to be summed over ranks for `agreed`: [save, stop]. Saving is asked for once."""
         save, self.save = self.save, False
-        request = Request.STOP if self.name is not None else Request.SAVE if save else Request.NOTHING
-        asked = torch.tensor(request, dtype=torch.int32, device=self.world.device)
-        if self.world.size > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return Request(int(asked))
+        return [float(save), float(self.name is not None)]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

@@ -35,17 +35,17 @@ from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, byte_lengths, report
 from moe_train.faults.guard import Guard
 from moe_train.faults.stragglers import Stragglers
 from moe_train.faults.watchdog import Watchdog
-from moe_train.feed import Feed, Rows
+from moe_train.feed import Feed, Followed, Rows, batch_sizes
 from moe_train.files import cannot_write, write_atomically
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.generate import Prompt, Sampling, cache_conflicts, generate, with_cache, without_cache
 from moe_train.jobs import note_job
 from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
-from moe_train.parallel.mesh import World, data_place, start_world
+from moe_train.parallel.mesh import World, start_world
 from moe_train.parallel.watch import RankFailure, Watch
 from moe_train.startup import Startup
-from moe_train.stop import Request, StopRequest
+from moe_train.stop import Request, StopRequest, agreed
 from moe_train.transfer import take_weights
 
 DEFAULT_CORPUS = Path("data/stdlib")
@@ -145,15 +145,11 @@ def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
 def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
     """This rank's training batches."""
     assert config.data.train is not None  # settle_corpus() fills it in
-    rank, size = data_place(config.parallel, world)
     return Loader(
         config.data.train,
-        seq_len=config.train.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
+        **batch_sizes(config, world),
         global_batch_size=config.train.global_batch_size,
         seed=config.run.seed,
-        dp_rank=rank,
-        dp_size=size,
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
         weights=config.data.weights,
@@ -163,13 +159,9 @@ def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
 
 def eval_rows(config: Config, world: World, tokenizer: Tokenizer, split: str, max_rows: int | None = None) -> EvalRows:
     """This rank's rows of `valid` or `test`."""
-    rank, size = data_place(config.parallel, world)
     return EvalRows(
         getattr(config.data, split),
-        seq_len=config.train.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=rank,
-        dp_size=size,
+        **batch_sizes(config, world),
         max_rows=max_rows,
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
@@ -290,7 +282,7 @@ class Trainer:
                 self._say(job)
             startup.mark("log")
             self._say(startup.describe())
-            stop = stack.enter_context(StopRequest(self.world))
+            stop = stack.enter_context(StopRequest())
             saver = stack.enter_context(self._saver())
             watch = stack.enter_context(Watch(self.world, config.parallel.timeout_seconds))
             hang = config.faults.hang_seconds or config.parallel.timeout_seconds / 2
@@ -298,13 +290,12 @@ class Trainer:
             stack.callback(self.stragglers.close)
             for step in range(self.start + 1, steps + 1):
                 watch.step = step
-                self._step(step, throughput)
-                asked = stop.agreed()
+                asked = self._step(step, throughput, stop)
                 stopping = asked is Request.STOP
                 watchdog.alive()
                 with throughput.pause():
                     if config.eval.every and step % config.eval.every == 0 and step < steps:
-                        self._evaluate(step, "valid", self.feed.validation)
+                        self._evaluate(step, "valid", self.feed.validation, watchdog)
                     last = stopping or step == steps
                     due = config.checkpoint.every and step % config.checkpoint.every == 0 and not self.guard.skipped
                     if last or due or asked is Request.SAVE:
@@ -317,21 +308,22 @@ class Trainer:
                 if stopping and step < steps:
                     self._say(f"stopped by {stop.name or 'a signal to another rank'} at step {step}; the same command goes on")
                     return
-            self._finish(steps, throughput)
+            self._finish(steps, throughput, watchdog)
 
-    def _step(self, step: int, throughput: Throughput) -> None:
+    def _step(self, step: int, throughput: Throughput, stop: StopRequest) -> Request:
+        """Train one step; what the ranks were asked until its gradients were there."""
         with self.stragglers:
             batch = self.loader.next_step()
-            result, norm = self._compute(step, batch)
+            result, norm, asked = self._compute(step, batch, stop)
         throughput.step(batch.token_count)
         train = self.config.train
         logged = step % train.log_every == 0 or step in (1, train.steps)
         ranks = self.stragglers.row() if logged else {}
         if self.log is None:
-            return
+            return asked
         if not logged:
             self.log.tick(step)
-            return
+            return asked
         row = {
             "loss": result.loss,
             "cross_entropy": result.cross_entropy,
@@ -342,20 +334,23 @@ class Trainer:
         self.log.train(step, row | throughput.row() | ranks | router_health(result.stats, batch.token_count))
         if complaint := self.stragglers.complaint(ranks):
             self._say(complaint)
+        return asked
 
-    def _compute(self, step: int, batch: StepBatch) -> tuple[StepResult, float]:
+    def _compute(self, step: int, batch: StepBatch, stop: StopRequest) -> tuple[StepResult, float, Request]:
         """Gradients and, where they are accepted, the update; a second time, where the first may have been a device's fault."""
+        asked = Request.NOTHING
         while True:
-            result = self.engine.forward_backward(batch)
+            result = self.engine.forward_backward(batch, votes=stop.votes)
+            asked = max(asked, agreed(result.votes))
             norm = self.engine.step(partial(self.guard.accepts, step, batch, result))
             if not self.guard.again:
-                return result, norm
+                return result, norm, asked
             self.engine.steps_done = step - 1
 
-    def _evaluate(self, step: int, split: str, rows: Rows | None) -> None:
+    def _evaluate(self, step: int, split: str, rows: Rows | None, watchdog: Watchdog) -> None:
         if rows is None:
             return
-        figures = self.feed.judge(self.engine, rows)
+        figures = self.feed.judge(self.engine, Followed(rows, watchdog.alive))
         if self.log is not None:
             self.log.evaluation(step, split, figures)
 
@@ -392,9 +387,9 @@ class Trainer:
         if (refused := saver.wait()) is not None:
             self._say(f"warning: {refused}; training goes on, and the next checkpoint is tried as usual")
 
-    def _finish(self, step: int, throughput: Throughput) -> None:
+    def _finish(self, step: int, throughput: Throughput, watchdog: Watchdog) -> None:
         for split, rows in self.feed.splits.items():
-            self._evaluate(step, split, rows)
+            self._evaluate(step, split, rows, watchdog)
         sample = self.config.sample
         if sample.max_tokens:
             model, device = self.engine.model, self.world.device

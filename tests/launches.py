@@ -7,11 +7,13 @@ the repository's root. They can be killed like any other.
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,7 @@ class Launch:
 
     def __init__(self, script: str, *words: str, ranks: int = 1) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="launch-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         if ranks > 1:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}

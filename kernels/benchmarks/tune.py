@@ -64,13 +64,13 @@ class Problem(NamedTuple):
 
 
 def jobs(ops: list[str]) -> list[Job]:
-    """Every candidate and table entry of this GPU's architecture, the simple variants first."""
+    """Every candidate of this GPU's architecture and what the flagship shape uses now, the simple variants first."""
     arch = max(a for a in configs.CANDIDATES if a <= 10 * torch.cuda.get_device_capability()[0])
-    found = [
-        Job(entry.op, entry.config)
-        for entry in configs.entries(*ops)
-        if arch in entry.archs and not entry.fp32 and entry.kind != "table"
+    candidates = [Job(op, config) for op in ops for config in configs.CANDIDATES[arch][op]]
+    in_use = [
+        Job(entry.op, entry.config) for entry in configs.entries(*ops) if entry.kind == "flagship" and arch in entry.archs
     ]
+    found = dict.fromkeys((*candidates, *in_use))
     risk = lambda job: (job.config.specialize, job.config.flatten, job.config.persistent, job.config.variant == "tma")  # noqa: E731
     return sorted(found, key=lambda job: (job.config.specialize, OPS.index(job.op), risk(job)))
 

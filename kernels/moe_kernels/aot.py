@@ -33,6 +33,7 @@ _INSTRUCTIONS = {  # name -> its form in PTX; the group is what is shown
     "tcgen05": r"tcgen05\.mma\S*?(kind::\w+)",
     "tma": r"cp\.async\.bulk\.tensor\.(\d)d",
     "cp.async": r"cp\.async\.c(\w)\.",
+    "atomic": r"\b(?:atom|red)\.(?:\w+(?:::\w+)?\.)*(\w+)",
 }
 
 
@@ -76,6 +77,7 @@ class AotResult:
             f"shared {self.shared} B is above {SHARED_LIMIT[arch]}": self.shared > SHARED_LIMIT[arch],
             f"{len(deep)} operands piped, expected {case.piped_operands}": len(deep) < case.piped_operands,
             f"{self.loads} operand loads left in the loop": case.piped_operands > 0 and self.loads > 0,
+            f"atomic operations on {self.instructions.get('atomic')}": "atomic" in self.instructions,
             f"no {' or '.join(expected)}": case.piped_operands > 0 and not set(expected) & set(self.instructions),
         }
         return [rule for rule, broken in rules.items() if broken]

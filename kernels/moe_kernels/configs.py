@@ -4,9 +4,10 @@ It is never tuned at run time, which would differ between ranks and runs (and so
 inside of a CUDA graph capture. `benchmarks/tune.py` measures CANDIDATES on a GPU and prints what belongs here.
 
 Ops: `up` (x by w_gate_up, SwiGLU), `down` (rows by w^T), `da` (gradient through down and SwiGLU), `dxe` (rows by w), `dw1` and `dw2`
-(gradients of w_gate_up and w_down), `combine` (weighted sum over K). block_m x block_n is the output tile and block_k the step along
-the reduced axis; for dw1 and dw2 the output is a tile of the weight and block_k counts rows; for `up` block_n counts gate columns, and
-as many up columns come with them.
+(gradients of w_gate_up and w_down, one operand gathered), `dw` (that of grouped_mm, none gathered: the same stages would need more
+shared memory), `combine` (weighted sum over K). block_m x block_n is the output tile and block_k the step along the reduced axis; for
+dw, dw1 and dw2 the output is a tile of the weight and block_k counts rows; for `up` block_n counts gate columns, and as many up columns
+come with them.
 """
 
 import logging
@@ -88,6 +89,7 @@ _LARGE: dict[int, dict[str, tuple[Config, ...]]] = {
         "dxe": (C(128, 128, 32, 4, 4),),
         "dw1": (C(128, 128, 32, 8, 5),),
         "dw2": (C(256, 64, 32, 8, 5),),
+        "dw": (C(128, 128, 32, 8, 4),),
         "combine": (C(4, 256, 1, 4, 1),),
     },
     90: {
@@ -97,6 +99,7 @@ _LARGE: dict[int, dict[str, tuple[Config, ...]]] = {
         "dxe": (_persistent(128, 256, 64, 8, 3), C(128, 128, 64, 8, 3)),
         "dw1": (C(128, 256, 64, 8, 5),),
         "dw2": (C(256, 64, 64, 8, 5),),
+        "dw": (C(128, 256, 64, 8, 3),),
         "combine": (C(4, 256, 1, 4, 1),),
     },
 }
@@ -110,7 +113,7 @@ _SMALLER: dict[str, dict[str, tuple[Config, ...]]] = {  # few rows per expert: w
     "small": {
         "up": (C(32, 64, 64, 4, 4),),
         "down": (C(32, 128, 64, 4, 4),),
-        "da": (C(32, 64, 64, 4, 3),),
+        "da": (C(32, 64, 128, 4, 3),),
         "dxe": (C(32, 128, 64, 4, 4),),
     },
     "tiny": {
@@ -127,6 +130,7 @@ _FP32: dict[str, tuple[Config, ...]] = {  # correct and unspilled rather than fa
     "dxe": (C(32, 64, 32, 4, 2),),
     "dw1": (C(64, 32, 32, 4, 2),),
     "dw2": (C(64, 32, 32, 4, 2),),
+    "dw": (C(64, 32, 32, 4, 2),),
     "combine": (C(4, 256, 1, 4, 1),),
 }
 # The interpreter's cost is per program and step, whatever the tile: large tiles, but several of them in the test shapes.
@@ -137,6 +141,7 @@ _INTERPRETER: dict[str, tuple[Config, ...]] = {
     "dxe": (C(64, 128, 128, 4, 1),),
     "dw1": (C(128, 128, 64, 4, 1),),
     "dw2": (C(128, 128, 64, 4, 1),),
+    "dw": (C(128, 128, 64, 4, 1),),
     "combine": (C(64, 256, 1, 4, 1),),
 }
 
@@ -279,8 +284,13 @@ def plan_block_rows(slots: int, num_experts: int, device: torch.device) -> int:
     return _choices("down", _arch(device), _size(slots / num_experts), False)[0].block_m
 
 
-def require_supported(op: str, x: Tensor) -> None:
-    """Raise KernelError where Triton kernels cannot run on x."""
+def require_supported(op: str, x: Tensor, *weights: Tensor) -> None:
+    """Raise KernelError where Triton kernels cannot run on x, or index an expert's matrix of weights [E, P, Q] with 32 bits."""
+    for w in weights:
+        if w.shape[1] * w.shape[2] >= 2**31:
+            raise KernelError(
+                f"{op}: an expert's matrix {list(w.shape[1:])} must have fewer than 2^31 elements; use kernels.backend=torch"
+            )
     if x.dtype == torch.float64:
         raise KernelError(f"{op}: float64 is not supported by triton kernels; use kernels.backend=torch or reference")
     if x.device.type != "cuda" and not _INTERPRETED:

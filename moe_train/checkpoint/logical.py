@@ -1,6 +1,5 @@
 """The tensors of a checkpoint as the model knows them, whatever layout wrote them: one process, one tensor in memory at a time."""
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_train.checkpoint.manifest import DTYPES, Chunk, Entry, damaged, read_manifest, sha256_of
+from moe_train.checkpoint.manifest import DTYPES, Entry, read_manifest
+from moe_train.checkpoint.records import read_record
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,8 @@ class LogicalTensor:
         whole = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.entry.chunks:
             box = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[box] = self._read(chunk)
+            whole[box] = read_record(self.path, f"{self.section}.{self.name}", chunk, self.dtype)
         return whole
-
-    def _read(self, chunk: Chunk) -> Tensor:
-        what = f"{self.section}.{self.name}, {chunk}, in {chunk.file}"
-        with (self.path / chunk.file).open("rb") as file:
-            file.seek(chunk.start)
-            record = file.read(chunk.bytes)
-        if sha256_of(record) != chunk.sha256:
-            raise damaged(self.path, f"{what} does not have the SHA-256 that it was saved with")
-        try:
-            part = torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
-        except Exception as error:  # a forged record raises anything
-            raise damaged(self.path, f"{what} holds no tensor: {type(error).__name__}") from None
-        if not isinstance(part, Tensor) or list(part.shape) != chunk.sizes or part.dtype != self.dtype:
-            raise damaged(self.path, f"{what} holds something else")
-        return part
 
 
 def logical_tensors(path: Path, section: str = "model") -> Iterator[LogicalTensor]:

@@ -93,11 +93,6 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         yield from pool.map(work, items)
 
 
-def sha256_of(record: bytes) -> str:
-    """As a chunk names it."""
-    return hashlib.sha256(record).hexdigest()
-
-
 def seal(content: Manifest) -> bytes:
     """A manifest as its file has it, with the SHA-256 of the rest."""
     return json.dumps({**content, "sha256": _sum(content)}).encode()
@@ -148,11 +143,11 @@ def damaged_files(path: Path, manifest: Manifest) -> Iterator[str]:
 
 def damaged_chunks(path: Path, chunks: Iterable[tuple[str, Chunk]]) -> Iterator[str]:
     """Of chunks (tensor, chunk) of checkpoint `path`, what is wrong with those whose records have changed."""
-    yield from filter(None, in_threads(lambda item: _damage(path, *item), chunks))
+    yield from filter(None, in_threads(lambda item: damage_of(path, *item), chunks))
 
 
-def _damage(path: Path, name: str, chunk: Chunk) -> str | None:
-    """What is wrong with a chunk."""
+def damage_of(path: Path, name: str, chunk: Chunk) -> str | None:
+    """What is wrong with the record of a chunk of tensor `name`, if anything is."""
     try:
         if hash_record(path / chunk.file, chunk.start, chunk.bytes) != chunk.sha256:
             return f"{name}, {chunk}, in {chunk.file} does not have the SHA-256 that it was saved with"

@@ -8,11 +8,13 @@ says, which is JSON, and what is no tensor is refused. Tensors are read by torch
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,13 +28,27 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 from torch.serialization import _get_layout
 
-from moe_train.checkpoint.manifest import MANIFEST_FILE, Chunk, Entry, check_nothing_else, check_present, entry_of
+from moe_train.checkpoint.manifest import (
+    DTYPES,
+    MANIFEST_FILE,
+    Chunk,
+    Entry,
+    check_nothing_else,
+    check_present,
+    damage_of,
+    damaged,
+    entry_of,
+    in_threads,
+)
+from moe_train.checkpoint.records import read_record
 from moe_train.errors import UserError
 
 INDEX_FILE = ".metadata"
+Place = tuple[str, int]  # file and first byte of a record
 
 _RECORDS = (
     BytesStorageMetadata,
@@ -80,18 +96,58 @@ class _IndexUnpickler(pickle._Unpickler):
 
 
 class CheckpointReader(FileSystemReader):
-    """The shards in a folder, of which the manifest lists `tensors`.
+    """The shards in a folder, of which the manifest lists `tensors`. Every record is compared with its SHA-256, whoever reads it.
 
     Raises UserError where the index cannot be read, asks for what is no part of an index, or is not that of the manifest.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Entry]) -> None:
         super().__init__(path)
+        self._folder = path
         self._index = read_index(path, tensors)
+        self._records = {
+            (chunk.file, chunk.start): (name, chunk, DTYPES[entry.dtype])
+            for name, entry in tensors.items()
+            for chunk in entry.chunks
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index, which was read and checked on opening."""
         return self._index
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Share out the records that no rank asks for: they are compared all the same."""
+        wanted = {self._place(item) for plan in plans for item in plan.items}
+        rest = [place for place in sorted(self._records) if place not in wanted]
+        return [replace(plan, storage_data=rest[rank :: len(plans)]) for rank, plan in enumerate(plans)]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the records of a plan in threads, in their order. Raises UserError naming tensor and file where one is damaged."""
+        items: dict[Place, list[ReadItem]] = {place: [] for place in plan.storage_data}
+        for item in plan.items:
+            items.setdefault(self._place(item), []).append(item)
+        for _ in in_threads(lambda place: self._read(place, items[place], planner), sorted(items)):
+            pass
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _place(self, item: ReadItem) -> Place:
+        found = self._index.storage_data[item.storage_index]
+        return found.relative_path, found.offset
+
+    def _read(self, place: Place, items: list[ReadItem], planner: LoadPlanner) -> None:
+        """Fill what `items` ask for of one record, which is compared also where there are none."""
+        name, chunk, dtype = self._records[place]
+        if not items:
+            if problem := damage_of(self._folder, name, chunk):
+                raise damaged(self._folder, problem)
+            return
+        record = read_record(self._folder, name, chunk, dtype)
+        for item in items:
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(narrow_tensor_by_index(record, item.storage_offsets, item.lengths))
+            planner.commit_tensor(item, target)
 
 
 class TensorPlanner(DefaultLoadPlanner):

@@ -40,6 +40,10 @@ def _batch_conflicts(config: Config, data_ranks: int) -> list[Conflict]:
         found.append(Conflict("train.global_batch_size", batch, rule, "change the batch or the ranks"))
         return found
     count = batch // (micro * data_ranks)
+    if parallel.pp_schedule == "1f1b" and count < parallel.pp:
+        rule = f"gives {count} micro-batches to each pipeline; 1f1b needs at least pp={parallel.pp}"
+        remedy = "raise it, lower train.micro_batch_size, or use parallel.pp_schedule=gpipe"
+        found.append(Conflict("train.global_batch_size", batch, rule, remedy))
     if parallel.pp > 1 and parallel.pp_schedule == "dualpipev" and count < 2 * parallel.pp:
         rule = f"gives {count} micro-batches to each pipeline; dualpipev needs at least 2*pp={2 * parallel.pp}"
         found.append(Conflict("train.global_batch_size", batch, rule, "raise it or use another parallel.pp_schedule"))

@@ -58,6 +58,13 @@ class Config(Section):
         if train.global_batch_size % train.micro_batch_size:
             rule = f"must be a multiple of train.micro_batch_size={train.micro_batch_size}"
             found.append(Conflict("train.global_batch_size", train.global_batch_size, rule, "change one of the two"))
+        rule, remedy = "an empty list names nothing", "name a path, or leave it out"
+        lists = [
+            (f"{name}.{key}", getattr(getattr(self, name), key))
+            for name in ("data", "sft")
+            for key in ("train", "valid", "test")
+        ]
+        found += [Conflict(path, value, rule, remedy) for path, value in lists if value == []]
         found += kernel_conflicts(self)
         return found
 

@@ -11,6 +11,7 @@ from moe_train.errors import UserError
 
 SUFFIXES = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+_NO_TEXT = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"%PDF-": "a PDF"}
 _REMEDY = {"gzip": "give it the suffix .gz", "zstd": "give it the suffix .zst"}
 
 
@@ -28,8 +29,8 @@ def inner_suffix(path: Path) -> str:
 def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading what is in it.
 
-    Raises UserError, also from the reads inside the block, when it cannot be read, is cut or damaged, or is compressed and not
-    named so.
+    Raises UserError, also from the reads inside the block, when it cannot be read, is cut or damaged, is compressed and not
+    named so, or is no text by its first bytes.
     """
     try:
         with _open(path) as file:
@@ -52,6 +53,10 @@ def _open(path: Path) -> Any:
         if start.startswith(magic):
             file.close()
             raise UserError(f"{path} is compressed ({kind}); {_REMEDY.get(kind, 'unpack it first')}")
+    for magic, kind in _NO_TEXT.items():
+        if start.startswith(magic):
+            file.close()
+            raise UserError(f"{path} is {kind}, no text; convert it to .jsonl or .txt first")
     return file
 
 

@@ -2,7 +2,7 @@
 
 A `.jsonl` or `.ndjson` file has one document per line, in one field of a JSON object; any other file is one document, byte for
 byte, or with `lines` one document per line. Any of them may be compressed (`.gz`, `.zst`). Folders are read with all folders
-below them, in the order of their paths, without hidden files.
+below them, in the order of their paths, without hidden files; a file in them that is no text is an error.
 """
 
 import codecs
@@ -24,6 +24,8 @@ LINES = (".jsonl", ".ndjson")
 OWN = (".bin", ".idx", ".labels", ".json", ".model", ".vocab", ".tokenizer")  # suffixes of a dataset's files
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
+_START = 8192  # bytes of a file in a folder, among which text has no zero byte
+_SHOWN = 5
 DOCUMENT_BLOCK = 1 << 20  # bytes of a file that is one document, encoded at a time
 
 Policy = Literal["keep", "replace", "error"]
@@ -33,7 +35,8 @@ Policy = Literal["keep", "replace", "error"]
 class Document:
     """A text before it is encoded. `valid` is False when it is, or was, no valid UTF-8; `skipped` stands for a wrong line.
 
-    Of a large file `text` is the first block, and `rest` reads the others, once, before the next document.
+    Of a large file `text` is the first block, and `rest` reads the others, once, before the next document. `line` counts from the
+    first one of the document's piece; 0 for a file that is one document.
     """
 
     text: bytes
@@ -41,6 +44,7 @@ class Document:
     valid: bool = True
     skipped: bool = False
     rest: Iterable[bytes] = ()
+    line: int = 0
 
     def whole(self) -> bytes:
         """Return all of the text."""
@@ -77,7 +81,7 @@ class Inputs:
             yield from self.read(piece)
 
     def files(self) -> list[Path]:
-        """Return all files. Raises UserError for a path that does not exist, and when there is no file at all."""
+        """Return all files. Raises UserError for a path that does not exist, files in a folder that are no text, and no file."""
         own = {beside(self.without, suffix).absolute() for suffix in OWN} if self.without is not None else set()
         files = [file for path in self.paths for file in _files_of(Path(path), own)]
         if not files:
@@ -102,8 +106,15 @@ class Inputs:
             yield from documents
             return
         for document in documents:
-            text = swap_words(document.whole(), self.swap_words, self.seed)
-            yield Document(text, document.label, document.valid, document.skipped)
+            yield replace(document, text=swap_words(document.whole(), self.swap_words, self.seed), rest=())
+
+    def place(self, piece: Piece, line: int) -> str:
+        """Say where a document is, for people: its file, and the line where it is a line."""
+        if not line:
+            return str(piece.path)
+        with reading(piece.path) as file:
+            first = _to_line(file, piece.start)
+        return f"{piece.path}:{_lines_before(piece.path, first) + line}"
 
     def _has_lines(self, path: Path) -> bool:
         return self.lines or inner_suffix(path) in LINES
@@ -111,6 +122,8 @@ class Inputs:
     def _whole(self, path: Path) -> Iterator[Document]:
         blocks = _blocks(path)
         text, second = next(blocks, b""), next(blocks, None)
+        if inner_suffix(path) == ".json":
+            _refuse_records(path, text, self.field)
         if second is None:
             yield self._checked(text, UNKNOWN_LABEL, _is_valid([text]), str(path))
             return
@@ -131,19 +144,21 @@ class Inputs:
                 at += len(line)
                 text = line.removeprefix(_BOM) if first == 0 and number == 1 else line
                 try:
-                    yield from parse(text)
+                    document = parse(text, number)
                 except _BadLineError as error:
                     if not self.skip_bad_lines:
-                        raise UserError(f"{piece.path}:{_lines_before(piece.path, first) + number}: {error}") from None
-                    yield Document(b"", skipped=True)
+                        raise UserError(f"{self.place(piece, number)}: {error}") from None
+                    document = Document(b"", skipped=True)
+                if document is not None:
+                    yield document
 
-    def _plain(self, line: bytes) -> Iterator[Document]:
+    def _plain(self, line: bytes, number: int) -> Document:
         text = line.removesuffix(b"\n").removesuffix(b"\r")
-        yield self._checked(text, UNKNOWN_LABEL, _is_valid([text]))
+        return self._checked(text, UNKNOWN_LABEL, _is_valid([text]), line=number)
 
-    def _json(self, line: bytes) -> Iterator[Document]:
+    def _json(self, line: bytes, number: int) -> Document | None:
         if not line.strip():
-            return
+            return None
         try:
             fields = json.loads(line.decode("utf-8", errors="surrogateescape"))
         except (ValueError, RecursionError) as error:
@@ -154,16 +169,16 @@ class Inputs:
         if not isinstance(text, str):
             raise _BadLineError(f"field {self.field!r} must be text, not {_kind(text)}")
         raw, valid = _to_bytes(text)
-        yield self._checked(raw, self._label(fields), valid)
+        return self._checked(raw, self._label(fields), valid, line=number)
 
-    def _checked(self, text: bytes, label: str, valid: bool, file: str | None = None) -> Document:
+    def _checked(self, text: bytes, label: str, valid: bool, file: str | None = None, line: int = 0) -> Document:
         """Apply the policy for what is no valid UTF-8; `file` is given where a document is a file."""
         if not valid and self.invalid_utf8 == "error":
             problem = "no valid UTF-8; choose --invalid-utf8 replace or keep"
             raise UserError(f"{file}: {problem}") if file is not None else _BadLineError(problem)
         if not valid and self.invalid_utf8 == "replace":
             text = text.decode("utf-8", errors="replace").encode()
-        return Document(text, label, valid)
+        return Document(text, label, valid, line=line)
 
     def _label(self, fields: dict[str, Any]) -> str:
         label = None if self.label_field is None else _get(fields, self.label_field)
@@ -221,7 +236,31 @@ def _files_of(path: Path, without: set[Path]) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     kept = [file for file in files if file.is_file() and file.absolute() not in without]
+    if wrong := sorted(str(file) for file in kept if not _may_be_text(file)):
+        shown = ", ".join(wrong[:_SHOWN]) + ", ..." * (len(wrong) > _SHOWN)
+        raise UserError(f"{path}: {len(wrong)} of its files are no text ({shown}); remove them, or name the files that are")
     return sorted(kept, key=lambda file: file.relative_to(path).parts)
+
+
+def _may_be_text(path: Path) -> bool:
+    """Say whether the beginning of a file has no zero byte. What is compressed, or cannot be read, is judged where it is read."""
+    if is_compressed(path):
+        return True
+    with reading(path) as file:
+        return b"\0" not in file.read(_START)
+
+
+def _refuse_records(path: Path, text: bytes, field: str) -> None:
+    """Raise UserError for a .json file with documents in `field`, which would be read as one text with all its brackets."""
+    for part in (text.partition(b"\n")[0], text):
+        try:
+            found = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        first = found[0] if isinstance(found, list) and found else found
+        if isinstance(first, dict) and field in first:
+            rule = f"holds JSON objects with the field {field!r}, which are read from a .jsonl file, one on each line"
+            raise UserError(f"{path}: {rule}; rename or convert it")
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

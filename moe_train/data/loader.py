@@ -74,11 +74,7 @@ class Loader:
         contiguous: bool = False,
     ) -> None:
         _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
-        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
-            raise UserError(
-                f"train.global_batch_size {global_batch_size} must be a multiple of micro_batch_size x data-parallel ranks = "
-                f"{micro_batch_size} x {dp_size}; take {max(1, global_batch_size // (micro_batch_size * dp_size))} times that"
-            )
+        check_batch(global_batch_size, micro_batch_size, dp_size)
         self._stream = TokenStream(prefixes, vocab_size, tokenizer)
         self._seq_len, self._micro_batch_size, self._global_batch_size = seq_len, micro_batch_size, global_batch_size
         self._seed, self._dp_rank, self._dp_size = seed, dp_rank, dp_size
@@ -275,6 +271,15 @@ def _is_place(state: dict[str, Any], mine: dict[str, Any]) -> bool:
     if not isinstance(data, list):
         return False
     return all(isinstance(entry, dict) and not mine["data"][0].keys() - entry.keys() for entry in data)
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, ranks: int) -> None:
+    """Raise UserError where a global batch is not as many micro-batches on each of the data-parallel ranks."""
+    if global_batch_size < 1 or global_batch_size % (micro_batch_size * ranks):
+        raise UserError(
+            f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size={micro_batch_size} "
+            f"times {ranks} data-parallel ranks; change one of them"
+        )
 
 
 def _check_sizes(seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:

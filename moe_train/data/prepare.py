@@ -7,7 +7,6 @@ processes. A finished part has a file NUMBER.done that says what it was made fro
 
 import contextlib
 import fcntl
-import functools
 import glob
 import hashlib
 import json
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -192,7 +192,7 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_load = functools.cache(load_tokenizer)
+_load = cache(load_tokenizer)
 
 
 def _write_in_worker(part: Part, inputs: Inputs, tokenizer: Path) -> Summary:
@@ -215,7 +215,8 @@ def _write(part: Part, inputs: Inputs, tokenizer: Tokenizer) -> Summary:
                 summary.invalid += not document.valid
                 if writer is None:
                     writer = stack.enter_context(DatasetWriter(part.prefix, tokenizer, save_tokenizer=False))
-                writer.add_text(document.text, document.label, document.rest)
+                place = partial(inputs.place, piece, document.line)
+                writer.add_text(document.text, document.label, document.rest, place)
     if writer is not None:
         summary.documents, summary.tokens, summary.bytes_of_text = writer.num_documents, writer.num_tokens, writer.num_bytes
     done = {"key": part.key, "summary": asdict(summary)}

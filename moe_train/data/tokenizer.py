@@ -29,6 +29,7 @@ Ids = npt.NDArray[np.integer]
 # and a piece of several lines lets it learn tokens such as ":\n", which lines alone would not.
 CHUNK_CHARACTERS = 2000
 MAX_TRAINING_CHUNKS = 200_000
+MERGED_AT_ONCE = 1000  # bytes of a text that SentencePiece gets at a time, where it can be cut
 
 
 class Tokenizer(ABC):
@@ -247,13 +248,14 @@ class SentencePieceTokenizer(PieceTokenizer):
         except UnicodeDecodeError:
             text, plain = raw.decode("utf-8", errors="surrogateescape"), False
         if plain:
-            return self._encode_part(text, spell=False)
-        parts = [self._encode_part(part, spell=i % 2 == 1) for i, part in enumerate(_SPELLED.split(text))]
-        return np.concatenate(parts)
+            return self._encode_plain(raw)
+        return np.concatenate(
+            [self._spell(part) if i % 2 else self._encode_plain(part.encode()) for i, part in enumerate(_SPELLED.split(text))]
+        )
 
     def cut(self, text: bytes) -> int:
         """Return the last place before a space that no piece has inside of it, so that nothing is merged across it."""
-        at = 0 if self.prefix else len(text)
+        at = 0 if self.prefix or not self._ends else len(text)
         while (at := text.rfind(b" ", 0, at)) > 0:
             if text[at - 1] in self._ends:
                 return at
@@ -261,16 +263,34 @@ class SentencePieceTokenizer(PieceTokenizer):
 
     @cached_property
     def _ends(self) -> frozenset[int]:
-        """Visible ASCII characters after which no piece goes on with a space."""
-        inside = {pair[0] for piece in self._pieces for pair in _BEFORE_SPACE.findall(piece)}
-        return frozenset(range(33, 127)) - inside
+        """Visible ASCII characters after which no piece goes on with a space.
 
-    def _encode_part(self, part: str, spell: bool) -> npt.NDArray[np.int32]:
-        if spell:
-            raw = part.encode("utf-8", errors="surrogateescape")
-            return self._byte_ids[np.frombuffer(raw, dtype=np.uint8)]
-        ids: npt.NDArray[np.int32] = self._processor.encode(part, return_type="numpy")  # no Python integer for each token
-        return ids
+        None for models whose scores are no ranks of merges (unigram models): they add scores up from the start of a text, and the
+        rounding of these sums could decide otherwise in a part of it.
+        """
+        if any(score != int(score) for score in self.pieces()[1].values()):
+            return frozenset()
+        names = [self._processor.id_to_piece(i).replace("\u2581", " ").encode() for i in range(self.vocab_size)]
+        return frozenset(range(33, 127)) - {pair[0] for name in names for pair in _BEFORE_SPACE.findall(name)}
+
+    def _spell(self, part: str) -> npt.NDArray[np.int32]:
+        return self._byte_ids[np.frombuffer(part.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)]
+
+    def _encode_plain(self, raw: bytes) -> npt.NDArray[np.int32]:
+        """Encode valid UTF-8 in blocks that end at a cut: merging takes longer for a byte of a long text than of a short one."""
+        encode, found, start = self._processor.encode, [], 0
+        while len(raw) - start > MERGED_AT_ONCE and (stop := self._next_cut(raw, start + MERGED_AT_ONCE)) is not None:
+            found.append(encode(raw[start:stop], return_type="numpy"))  # arrays make no Python integer for each token
+            start = stop
+        found.append(encode(raw[start:], return_type="numpy"))
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def _next_cut(self, raw: bytes, at: int) -> int | None:
+        """Return the first place from `at` on before a space that no piece has inside of it."""
+        at = raw.find(b" ", at) if self._ends else -1
+        while at >= 0 and raw[at - 1] not in self._ends:
+            at = raw.find(b" ", at + 1)
+        return at if at >= 0 else None
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -20,6 +20,7 @@ MAX_DOCUMENT = 2**31 - 1  # the format has int32 lengths
 MAX_LABELS = 65536
 _CHUNK = 1 << 20  # index entries that are written at a time
 _COPIED = 1 << 20  # bytes that are copied at a time
+_HELD = 1 << 16  # tokens that are held back, so that what numpy costs per call is paid for many documents at once
 
 
 class DatasetWriter:
@@ -49,6 +50,9 @@ class DatasetWriter:
         self._labels = {name: i for i, name in enumerate(dict.fromkeys((UNKNOWN_LABEL, *label_names)))}
         self._code = next(c for c, dtype in DTYPES.items() if dtype == _dtype_for(tokenizer.vocab_size))
         self._sizes = array("i")
+        self._held: list[Ids] = []
+        self._num_held = 0
+        self._eod = np.array([tokenizer.eod], dtype=DTYPES[self._code])
         self._byte_lengths = tokenizer.byte_lengths()
         self._refuse_foreign_files()
 
@@ -84,33 +88,58 @@ class DatasetWriter:
             if kind is None:
                 self._finish()
 
-    def add_text(self, text: str | bytes, label: str = UNKNOWN_LABEL, rest: Iterable[bytes] = ()) -> None:
+    def add_text(
+        self,
+        text: str | bytes,
+        label: str = UNKNOWN_LABEL,
+        rest: Iterable[bytes] = (),
+        place: Callable[[], str] | None = None,
+    ) -> None:
         """Add a text, with the blocks of bytes that follow it, as one document: its ids and an end of document.
 
-        As much of it is in memory as lies between two places where the tokenizer can cut.
+        As much of it is in memory as lies between two places where the tokenizer can cut. Raises UserError where the tokenizer has no
+        ids for it, or it is too long, and names the `place` that it came from.
         """
         length = 0
         for block in rest:
             held = utf8(text)
             at = self.tokenizer.cut(held)
-            length += self._write(self.tokenizer.encode(held[:at])) if at else 0
+            length += self._encode(held[:at], place) if at else 0
             text = held[at:] + block
-        ids = self.tokenizer.encode(text)
-        length += self._write(np.append(ids, ids.dtype.type(self.tokenizer.eod)))
-        self._end_document(length, label)
+        length += self._encode(text, place) + self._write(self._eod)
+        try:
+            self._end_document(length, label)
+        except UserError as error:
+            raise _at(place, error) from None
+
+    def _encode(self, text: str | bytes, place: Callable[[], str] | None) -> int:
+        try:
+            ids = self.tokenizer.encode(text)
+        except UserError as error:
+            raise _at(place, error) from None
+        return self._write(ids)
 
     def add(self, ids: Ids, label: str = UNKNOWN_LABEL) -> None:
         """Add one document of ids, [length] with length >= 1. Raises UserError when an id or the length is out of range."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size):
+            raise UserError(f"document {self.num_documents} has ids outside the {self.tokenizer.vocab_size} of its tokenizer")
         self._end_document(self._write(ids), label)
 
     def _write(self, ids: Ids) -> int:
-        """Write ids of the document that is open, and return how many."""
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size):
-            raise UserError(f"document {self.num_documents} has ids outside the {self.tokenizer.vocab_size} of its tokenizer")
-        self._bin.write(ids.astype(DTYPES[self._code], copy=False).tobytes())
+        """Take ids of the document that is open, and return how many."""
+        self._held.append(ids)
+        self._num_held += len(ids)
+        if self._num_held >= _HELD:
+            self._flush()
         self.num_tokens += len(ids)
-        self.num_bytes += int(self._byte_lengths[ids].sum())
         return len(ids)
+
+    def _flush(self) -> None:
+        if self._held:
+            ids = np.concatenate(self._held)
+            self._bin.write(ids.astype(DTYPES[self._code], copy=False).tobytes())
+            self.num_bytes += int(self._byte_lengths[ids].sum())
+            self._held, self._num_held = [], 0
 
     def _end_document(self, length: int, label: str) -> None:
         if not 1 <= length <= MAX_DOCUMENT:
@@ -123,6 +152,7 @@ class DatasetWriter:
         """Add all documents of a dataset that this class wrote with the same tokenizer, as if they were added one by one."""
         assert other.sidecar is not None
         assert other.sidecar.fingerprint == self.tokenizer.fingerprint
+        self._flush()
         numbers = np.array([self._number(name) for name in other.label_names], dtype="<i4")
         with beside(other.prefix, ".bin").open("rb") as file:
             shutil.copyfileobj(file, self._bin, _COPIED)
@@ -141,6 +171,7 @@ class DatasetWriter:
     def _finish(self) -> None:
         if not self._sizes:
             raise UserError(f"nothing to write to {self.prefix}: there is no document with text")
+        self._flush()
         for file in (self._bin, self._label_file):
             _sync(file)
         with self._temporary[".idx"].open("wb") as file:
@@ -190,6 +221,10 @@ class DatasetWriter:
         sizes = np.frombuffer(self._sizes, dtype=np.intc)
         for start in range(0, len(sizes), _CHUNK):
             yield sizes[start : start + _CHUNK]
+
+
+def _at(place: Callable[[], str] | None, error: UserError) -> UserError:
+    return error if place is None else UserError(f"{place()}: {error}")
 
 
 def _dtype_for(vocab_size: int) -> str:

@@ -1,6 +1,6 @@
 """What an engine does: one optimizer step from micro-batches, evaluation, and its state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ class StepResult:
     loss: float  # the training loss: cross entropy per target plus weighted router losses per token
     cross_entropy: float  # nats per target token
     stats: Stats
+    votes: tuple[float, ...] = ()  # the ranks' own numbers that came along, summed
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,13 @@ class Scored(NamedTuple):
 class Engine(Protocol):
     """The contract between the trainer and whatever runs the model."""
 
-    def forward_backward(self, batch: StepBatch, mark: Callable[[str], None] = ...) -> StepResult:
-        """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass."""
+    def forward_backward(
+        self, batch: StepBatch, mark: Callable[[str], None] = ..., votes: Callable[[], Sequence[float]] = ...
+    ) -> StepResult:
+        """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass.
+
+        `votes` is asked for numbers when these are done, as many on each rank, which are summed along with the figures.
+        """
         ...
 
     def step(self, accept: Callable[[float], bool] | None = None) -> float:

@@ -91,10 +91,11 @@ class DeepSpeedEngine(NativeEngine):
         library = load_library()
         super().__init__(config, world)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it without torchrun, too
-        if config.parallel.ep > 1:
-            _mark_experts(library, self.model, config.parallel.ep)
         # DeepSpeed would compile shared-memory collectives that inference alone uses, and wait for ever where that was killed once.
         library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        library.init_distributed(dist_init_required=False)  # groups of experts are made in its backend
+        if config.parallel.ep > 1:
+            _mark_experts(library, self.model, config.parallel.ep)
         # DeepSpeed calls collectives by names that torch 2.13 has renamed; both work.
         warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
         optimizer = self._make_optimizer(library)

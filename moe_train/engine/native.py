@@ -6,7 +6,7 @@ the figures reported are sums over ranks too, so that no layout changes them.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -43,6 +43,8 @@ from moe_train.parallel.context import deal, share_rows
 from moe_train.parallel.fsdp import sync_gradients
 from moe_train.parallel.mesh import World, make_layout
 from moe_train.parallel.pipeline import Pipeline, SharedParameters, make_parts
+
+Shapes = dict[str, dict[str, torch.Size]]  # layer -> statistic -> shape
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # logical names that are the same whatever the stages are
 
@@ -222,6 +224,7 @@ class NativeEngine:
         self.streams = memory.streams_here(config, world)
         self.memories: list[Memory] = []  # what each micro-batch of the last step left
         self._stats: Stats = {}
+        self._shapes: dict[str, Shapes] = {}  # of statistics: this rank's own, and those of all stages
         copies = self.model.shared.copies
         self._copies = {p: copies[name] for name, p in self.model.named_parameters() if name in copies}
 
@@ -231,8 +234,13 @@ class NativeEngine:
     def _make_optimizers(self) -> list[torch.optim.AdamW]:
         return [make_optimizer(part, self.config.optim) for part in self.model.parts]
 
-    def forward_backward(self, batch: StepBatch, mark: Callable[[str], None] = lambda part: None) -> StepResult:
-        """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass."""
+    def forward_backward(
+        self, batch: StepBatch, mark: Callable[[str], None] = lambda part: None, votes: Callable[[], Sequence[float]] = tuple
+    ) -> StepResult:
+        """Gradients of one step from this rank's micro-batches. `mark` is told after each forward and each backward pass.
+
+        `votes` is asked for numbers when these are done, as many on each rank, which are summed along with the figures.
+        """
         self.model.train()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -253,10 +261,11 @@ class NativeEngine:
             if output.loss is not None and output.token_loss is not None:
                 loss = loss + output.loss.detach()
                 cross_entropy = cross_entropy + output.token_loss.sum(dtype=torch.float64) / batch.target_count
-        figures = self._sum_over_ranks({"": {"loss": loss, "cross_entropy": cross_entropy}, **totals})
-        step = figures.pop("")
-        self._stats = figures
-        return StepResult(float(step["loss"]), float(step["cross_entropy"]), figures)
+        asked = torch.tensor(votes(), dtype=torch.float64).to(device, non_blocking=True)
+        (total, entropy, *others), self._stats = self._sum_over_ranks(
+            torch.cat([torch.stack([loss, cross_entropy]), asked]), totals
+        )
+        return StepResult(total, entropy, self._stats, tuple(others))
 
     def _go_on(self, batch: StepBatch) -> tuple[list[MicroBatch], list[Memory]]:
         """The step's micro-batches, and what they see of the step before, if they see anything."""
@@ -300,8 +309,7 @@ class NativeEngine:
 
     def _update(self, rate: float, accept: Callable[[float], bool]) -> tuple[float, bool]:
         """The gradient norm before clipping, and whether it was accepted and the parameters were updated."""
-        progress = self.steps_done / self.config.train.steps
-        for p in (p for router in self.model.routers().values() for p in router.frozen(progress)):
+        for p in (p for router in self.model.routers().values() for p in router.frozen()):
             p.grad = None  # a zero would still let it decay and move on with Adam's momentum
         parameters = [p for _, p in self.model.named_parameters()]
         norm = float(clip_gradients(parameters, self.config.optim.clip_norm, self._copies, self.config.parallel.pp))
@@ -395,29 +403,37 @@ class NativeEngine:
         local = ((name, grad.to_local() if isinstance(grad, DTensor) else grad) for name, grad in self.gradients())
         return [name for name, grad in local if not bool(grad.isfinite().all())]
 
-    def _sum_over_ranks(self, figures: Stats) -> Stats:
-        """Sums over all ranks, on the CPU, through one all-reduce. float64 holds counts up to 2^53 exactly."""
-        shapes = {layer: {name: value.shape for name, value in values.items()} for layer, values in figures.items()}
-        if self.config.parallel.pp > 1:  # other stages have other layers
-            everyone: list[Any] = [None] * self.config.parallel.pp
-            dist.all_gather_object(everyone, shapes, group=self.model.layout.group("pp"))
-            shapes = {layer: values for stage in everyone for layer, values in stage.items()}
+    def _sum_over_ranks(self, numbers: Tensor, stats: dict[str, LayerStats]) -> tuple[list[float], Stats]:
+        """Sums of `numbers` [n] and statistics over all ranks, on the CPU, through one all-reduce. float64 holds counts to 2^53."""
+        shapes = self._shapes_of_all_stages(stats)
         none = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        flat = torch.cat(
-            [
-                figures[layer][name].double().flatten() if layer in figures else none.expand(shape.numel())
-                for layer, values in shapes.items()
-                for name, shape in values.items()
-            ]
-        )
+        parts = [
+            stats[layer][name].double().flatten() if layer in stats else none.expand(shape.numel())
+            for layer, values in shapes.items()
+            for name, shape in values.items()
+        ]
+        flat = torch.cat([numbers, *parts])
         dist.all_reduce(flat)
-        rest = flat.cpu()
+        sums, rest = flat.cpu().split([len(numbers), len(flat) - len(numbers)])
         summed: Stats = {}
         for layer, values in shapes.items():
             summed[layer] = {}
             for name, shape in values.items():
                 summed[layer][name], rest = rest[: shape.numel()].view(shape), rest[shape.numel() :]
-        return summed
+        return sums.tolist(), summed
+
+    def _shapes_of_all_stages(self, stats: dict[str, LayerStats]) -> Shapes:
+        """Names and shapes of all layers' statistics, which are the same in each step: other stages are asked in the first one."""
+        own = {layer: {name: value.shape for name, value in values.items()} for layer, values in stats.items()}
+        if self.config.parallel.pp == 1:
+            return own
+        if not self._shapes:
+            everyone: list[Any] = [None] * self.config.parallel.pp
+            dist.all_gather_object(everyone, own, group=self.model.layout.group("pp"))
+            self._shapes = {"own": own, "all": {layer: values for stage in everyone for layer, values in stage.items()}}
+        if own != self._shapes["own"]:
+            raise RuntimeError(f"statistics have changed since the first step, from {self._shapes['own']} to {own}")
+        return self._shapes["all"]
 
 
 def _add(totals: dict[str, LayerStats], stats: dict[str, LayerStats]) -> None:

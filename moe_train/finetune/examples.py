@@ -1,6 +1,7 @@
 """Examples as arrays: what a model sees and what it is to predict. All of them are in memory, 8 bytes for each token."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ class Examples:
     def fingerprint(self) -> str:
         """A hash of all of it, but for the names of files."""
         found = hashlib.sha256()
-        for array in (self.tokens, self.targets, self.starts):
-            found.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        for values in (self.tokens, self.targets, self.starts):
+            found.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
         return f"sha256-{found.hexdigest()}"
 
 
@@ -77,7 +78,7 @@ def gather(
 
     Raises UserError where none is left, or one is refused.
     """
-    tokens, targets, lengths = [], [], [0]
+    tokens, targets, starts = array("i"), array("i"), array("q", [0])  # which grow in place
     for example in examples:
         if len(example.tokens) > seq_len:
             if too_long == "error":
@@ -90,15 +91,15 @@ def gather(
             if (example.targets == NO_TARGET).all():
                 counts["prompts alone"] += 1
                 continue
-        tokens.append(example.tokens)
-        targets.append(example.targets)
-        lengths.append(len(example.tokens))
+        tokens.frombytes(example.tokens.tobytes())
+        targets.frombytes(example.targets.tobytes())
+        starts.append(len(tokens))
     if not tokens:
         raise UserError(
             f"{_names(paths)}: no example is left ({_told(counts, seq_len, too_long) or 'there was none'}); give others"
         )
-    told = ", ".join([f"{_names(paths)}: {len(tokens)} examples", *filter(None, [_told(counts, seq_len, too_long)])])
-    return Examples(np.concatenate(tokens), np.concatenate(targets), np.cumsum(lengths, dtype=np.int64), told)
+    told = ", ".join([f"{_names(paths)}: {len(starts) - 1} examples", *filter(None, [_told(counts, seq_len, too_long)])])
+    return Examples(np.frombuffer(tokens, np.int32), np.frombuffer(targets, np.int32), np.frombuffer(starts, np.int64), told)
 
 
 def _told(counts: Counter[str], seq_len: int, too_long: TooLong) -> str:

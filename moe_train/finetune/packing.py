@@ -9,15 +9,16 @@ without targets: routers' losses and statistics count every token, and then they
 Shapes: B rows of a micro-batch, S positions, R rows of an epoch.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from moe_train.data.indexed import Int64s
-from moe_train.data.loader import MicroBatch, StepBatch
+from moe_train.data.loader import MicroBatch, StepBatch, check_batch
 from moe_train.data.mixture import MAX_SAMPLES
 from moe_train.data.order import Order
 from moe_train.data.stream import NO_TARGET
@@ -27,19 +28,29 @@ from moe_train.finetune.examples import Examples
 STATE_VERSION = 1
 
 
-def pack(lengths: Sequence[int], order: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the examples in each row of `size` tokens, taken in `order`, each into the fullest row that has room for it."""
+def pack(lengths: Sequence[int], order: Iterable[int], size: int) -> list[list[int]]:
+    """Numbers of the examples in each row of `size` tokens, taken in `order`, each into the fullest row that has room for it.
+
+    Of equally full rows into the first one. Takes a time that grows with examples and their logarithm: `with_room[n]` is a heap of
+    the rows with room for n tokens, and bit n of `rooms` says whether there is one, so that the least room is one look away.
+    """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room, row), sorted
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]
+    rooms = 0
     for number in order:
         length = lengths[number]
-        at = bisect_left(rooms, (length, 0))
-        room, row = rooms.pop(at) if at < len(rooms) else (size, len(rows))
-        if row == len(rows):
+        if enough := rooms >> length << length:
+            room = (enough & -enough).bit_length() - 1
+            row = heappop(with_room[room])
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = size, len(rows)
             rows.append([])
         rows[row].append(number)
-        if room > length:
-            insort(rooms, (room - length, row))
+        if left := room - length:
+            heappush(with_room[left], row)
+            rooms |= 1 << left
     return rows
 
 
@@ -66,7 +77,9 @@ class PackedRows:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         order = range(len(examples)) if order is None else order
         self._rows = pack(examples.lengths.tolist(), order, seq_len) if packed else [[number] for number in order]
-        self.targets = np.array([examples.target_counts[row].sum() for row in self._rows])  # of each row, [R]
+        members = np.fromiter(chain.from_iterable(self._rows), np.int64)
+        starts = np.cumsum([0, *map(len, self._rows)])[:-1]
+        self.targets = np.add.reduceat(examples.target_counts[members], starts)  # of each row, [R]
         self.num_rows = min(len(self._rows), max_rows or len(self._rows))
 
     @property
@@ -130,11 +143,7 @@ class PackedLoader:
         packed: bool = True,
         epochs: int | None = None,
     ) -> None:
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise UserError(
-                f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size={micro_batch_size} "
-                f"times {dp_size} data-parallel ranks; change one of them"
-            )
+        check_batch(global_batch_size, micro_batch_size, dp_size)
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._dp_rank, self._dp_size, self._seq_len, self._seed = dp_rank, dp_size, seq_len, seed
         order = Order(len(examples), seed, "examples")(np.arange(len(examples)))

@@ -13,13 +13,13 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.engine.native import NativeEngine
 from moe_train.errors import UserError
 from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, byte_lengths, report
-from moe_train.feed import Feed, Rows
+from moe_train.feed import Feed, Rows, batch_sizes
 from moe_train.finetune.accuracy import confusion, report_classes
 from moe_train.finetune.examples import Cut, Example, Examples, first_part, gather, read_instructions
 from moe_train.finetune.labelled import class_names, encode_labelled, read_labelled, without_middle
 from moe_train.finetune.packing import PackedLoader, PackedRows
 from moe_train.finetune.records import Paths
-from moe_train.parallel.mesh import World, data_place
+from moe_train.parallel.mesh import World
 from moe_train.train import train
 
 log = logging.getLogger(__name__)
@@ -98,31 +98,18 @@ def _gather(config: Config, examples: Iterable[Example], counts: Counter[str], p
 
 
 def _loader(config: Config, world: World, examples: Examples) -> PackedLoader:
-    rank, size = data_place(config.parallel, world)
     return PackedLoader(
         examples,
-        seq_len=config.train.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
+        **batch_sizes(config, world),
         global_batch_size=config.train.global_batch_size,
         seed=config.run.seed,
-        dp_rank=rank,
-        dp_size=size,
         packed=config.sft.pack,
         epochs=config.sft.epochs,
     )
 
 
 def _rows(config: Config, world: World, examples: Examples, max_rows: int | None = None) -> PackedRows:
-    rank, size = data_place(config.parallel, world)
-    return PackedRows(
-        examples,
-        seq_len=config.train.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=rank,
-        dp_size=size,
-        packed=config.sft.pack,
-        max_rows=max_rows,
-    )
+    return PackedRows(examples, **batch_sizes(config, world), packed=config.sft.pack, max_rows=max_rows)
 
 
 def _tell(config: Config, examples: dict[str, Examples], loader: PackedLoader) -> None:

@@ -68,14 +68,25 @@ def _facts(native: Native, parameters: int) -> dict[str, str]:
         "trained": f"{native.step:,} of {train.steps:,} steps, {tokens:,} token places in rows of {train.seq_len}",
         "tokenizer": f"{native.tokenizer.name}, {native.tokenizer.vocab_size} of {model.vocab_size} ids",
     }
-    return facts | _evaluation(native)
+    if native.step:  # an imported model was trained on something else
+        facts["data"] = _data(config.data.train)
+    return facts | _evaluations(native)
 
 
-def _evaluation(native: Native) -> dict[str, str]:
-    """The newest evaluation up to the checkpoint's step, where its run's metrics are still beside it."""
+def _data(train: str | list[str] | None) -> str:
+    names = train if isinstance(train, list) else [train or "Python's standard library"]
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _evaluations(native: Native) -> dict[str, str]:
+    """The newest of each split up to the checkpoint's step, where its run's metrics are still beside it."""
     file = native.path.parent.parent / METRICS_FILE
     if not file.is_file():
         return {}
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-    found = [row for row in rows if row.get("kind") == "eval" and row.get("step", 0) <= native.step]
-    return {f"{row['split']}, step {row['step']}": f"{row['bits_per_byte']:.4f} bits per byte" for row in found[-1:]}
+    newest = {row["split"]: row for row in rows if row.get("kind") == "eval" and row["step"] <= native.step}
+    return {f"{split}, step {row['step']}": _measured(row) for split, row in newest.items()}
+
+
+def _measured(row: dict[str, float]) -> str:
+    return f"loss {row['loss']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte"

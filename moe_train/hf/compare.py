@@ -2,8 +2,12 @@
 
 import argparse
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -62,9 +66,27 @@ def their_logits(folder: Path, settings: dict[str, Any], tokens: Tensor) -> Tens
     ours = settings["model_type"] == "moe_train"
     kind: Any = remote.make_class(settings["model"]["router"]["name"]) if ours else transformers.AutoModelForCausalLM
     options = {} if ours else {"trust_remote_code": False}
-    model = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    with _files_are_read():
+        model = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
     logits: Tensor = model.eval()(input_ids=tokens).logits
     return logits
+
+
+@contextmanager
+def _files_are_read() -> Iterator[None]:
+    """Within, transformers reads each tensor when its turn comes, as it does on Windows, instead of mapping the files.
+
+    The pages of a mapped file stay beside the weights that are stacked from them, so that a model would be resident twice.
+    """
+    from transformers import modeling_utils
+
+    opened = modeling_utils.safe_open
+
+    def read(file: str, **options: Any) -> Any:
+        return opened(file, **(options | {"backend": "pread"}))
+
+    with patch.object(modeling_utils, "safe_open", read), patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
+        yield
 
 
 def compare(ours: Tensor, theirs: Tensor) -> Difference:

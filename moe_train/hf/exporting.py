@@ -15,7 +15,7 @@ from moe_train.hf import remote
 from moe_train.hf.card import model_card
 from moe_train.hf.compare import Difference, compare, real_text, real_tokens, require_same, their_logits
 from moe_train.hf.folders import whole_folder
-from moe_train.hf.native import Native, logits_of, open_native
+from moe_train.hf.native import Native, empty_decoder, logits_of, open_native
 from moe_train.hf.shards import write_shards
 from moe_train.hf.stock import Names, Stock, find_stock, names_of, to_settings
 from moe_train.hf.tokenizer_files import write_tokenizer
@@ -50,9 +50,9 @@ def to_hf(source: Path, out: Path, overrides: list[str] | tuple[str, ...] = (), 
 
 
 def _write_weights(native: Native, stock: Stock | None, folder: Path) -> int:
-    """Write every tensor under its name in the export, one at a time; the number of parameters."""
+    """Write every tensor under its name in the export, one at a time; the number of parameters, without routers' buffers."""
     tensors = native.tensors
-    counted = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if stock is None or _has_place(stock, name))
+    sizes = {name: math.prod(t.shape) for name, t in tensors.items() if stock is None or _has_place(stock, name)}
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors.items():
@@ -61,8 +61,8 @@ def _write_weights(native: Native, stock: Stock | None, folder: Path) -> int:
             elif (names := names_of(stock, name, native.config.model.num_experts)) is not None:
                 yield from unstack(names, tensor.load())
 
-    write_shards(folder, parts(), 4 * counted)
-    return counted
+    write_shards(folder, parts(), 4 * sum(sizes.values()))
+    return sum(sizes.get(name, 0) for name, _ in empty_decoder(native.config).named_parameters())
 
 
 def _has_place(stock: Stock, name: str) -> bool:

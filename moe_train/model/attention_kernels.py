@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from moe_train.errors import UserError
-from moe_train.model.attention import Attend, attend, attend_runs, document_bounds, find_documents
+from moe_train.model.attention import Attend, attend, attend_runs, find_documents
 from moe_train.model.routing import Segments
+from moe_train.model.segments import find_blocks, find_runs, mask_queries
 
 log = logging.getLogger(__name__)
 
@@ -198,50 +199,3 @@ class FlexAttention:
 
 
 _MAKE: dict[str, Callable[..., Attend]] = {"flash2": FlashAttention, "flash3": FlashAttention, "flex": FlexAttention}
-
-
-def mask_queries(doc_ids: Tensor, queries: Tensor) -> Segments:
-    """Which keys of whole rows the queries at some positions see: doc_ids [B, S], queries [Q] -> mask [B, 1, Q, S]."""
-    causal = queries[:, None] >= torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    same = doc_ids[:, queries, None] == doc_ids[:, None, :]
-    return Segments(mask=(same & causal)[:, None])
-
-
-def find_runs(doc_ids: Tensor, queries: Tensor, device: torch.device) -> Segments:
-    """The runs of consecutive queries that are in one document, and the keys of each: from the document's first to the run's last.
-
-    doc_ids [B, S] and queries [Q], ascending inside of a run, on the CPU. Keys that two runs of a document see are there twice: under
-    a zigzag split of S positions over n ranks they are S (2 n + 1) / (2 n) at most.
-    """
-    rows, length = doc_ids.shape
-    jumps = (queries.diff() != 1).long().cumsum(0)
-    pieces = torch.cat([jumps.new_zeros(1), jumps])  # the piece of the row that a query is in
-    documents = document_bounds(doc_ids)[:-1].long()  # their first keys in the flattened rows
-    at = (torch.arange(rows)[:, None] * length + queries).flatten()  # each query's own key
-    owner = torch.searchsorted(documents, at, right=True) - 1
-    run = owner * (int(pieces[-1]) + 1) + pieces.repeat(rows)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), (run.diff() != 0).nonzero().flatten() + 1])
-    ends = torch.cat([starts[1:], torch.tensor([len(at)])])
-    first, last = documents[owner[starts]], at[ends - 1]
-    counts = last - first + 1
-    key_bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    keys = torch.arange(int(key_bounds[-1])) + (first - key_bounds[:-1]).repeat_interleave(counts)
-    bounds = torch.cat([starts, ends[-1:]])
-    return Segments(
-        bounds=bounds.int().to(device, non_blocking=True),
-        keys=keys.to(device, non_blocking=True),
-        key_bounds=key_bounds.int().to(device, non_blocking=True),
-    )
-
-
-def find_blocks(doc_ids: Tensor, queries: Tensor) -> Segments:
-    """The same as FlexAttention takes it: doc_ids [B, S] and queries [Q] on its device."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    rows, length = doc_ids.shape
-
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own, at = row % rows, queries[query]  # modulo: `Segments.twice`
-        return (at >= key) & (doc_ids[own, at] == doc_ids[own, key])
-
-    return Segments(blocks=create_block_mask(sees, rows, None, len(queries), length, device=str(doc_ids.device)))

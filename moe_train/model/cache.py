@@ -3,6 +3,8 @@
 Rows of different lengths end in the same column. The columns before a row's first token are padding, which is a document of its own,
 as in packed rows: it is not attended to, and no router lets it change another document.
 
+A token costs no copy of the columns before it: there is room behind them, into which the first cache that goes on writes.
+
 Shapes: B rows, P columns kept, S new columns, G key and value heads, d head width.
 """
 
@@ -18,18 +20,48 @@ from torch.utils._pytree import tree_map_only
 from moe_train.model.attention import find_segments
 from moe_train.model.routing import BatchInfo, Segments
 
+STEP = 256  # columns of which a room's length is a multiple
+
+
+class Room:
+    """Memory for more columns than there are yet. The caches that go on from one another share it."""
+
+    def __init__(self, seen: tuple[Tensor, ...], more: int) -> None:
+        self.used = seen[0].shape[1]
+        self.length = -(-(self.used + more) // STEP) * STEP
+        self.tensors = tuple(x.new_empty(len(x), self.length, *x.shape[2:]) for x in seen)
+        for room, x in zip(self.tensors, seen, strict=True):
+            room[:, : self.used] = x
+
+    def add(self, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All columns, with the new ones written behind those that are there."""
+        start, self.used = self.used, self.used + new[0].shape[1]
+        for room, x in zip(self.tensors, new, strict=True):
+            room[:, start : self.used] = x
+        return tuple(room[:, : self.used] for room in self.tensors)
+
 
 class Past(NamedTuple):
     """One layer's part of a cache; empty before the first tokens."""
 
     seen: Any = None  # keys, turned by their positions, and values, [B, P, G, d] each; transformer_xl: hidden rows [B, P, D]
     memory: Any = None  # the router's; its tensors are [B, ...]
+    room: Room | None = None  # whose first P columns are `seen`
 
     def extend(self, new: tuple[Tensor, ...]) -> Past:
-        """With those of S more columns, [B, S, ...] each."""
+        """With those of S more columns, [B, S, ...] each. This one stays as it is, whatever else goes on from it."""
         if self.seen is None:
             return self._replace(seen=new)
-        return self._replace(seen=tuple(torch.cat(pair, 1) for pair in zip(self.seen, new, strict=True)))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # autograd and graphs want tensors that nobody writes to
+            return Past(tuple(torch.cat(pair, 1) for pair in zip(self.seen, new, strict=True)), self.memory)
+        room, kept, more = self.room, self.seen[0].shape[1], new[0].shape[1]
+        if room is None or room.used != kept or kept + more > room.length:  # none, another cache has gone on in it, or full
+            room = Room(self.seen, more)
+        return self._replace(seen=room.add(new), room=room)
+
+    def take(self, index: Tensor) -> Past:
+        """Of the rows at `index` alone."""
+        return Past(*tree_map_only(Tensor, lambda x: x[index], (self.seen, self.memory)))
 
 
 @dataclass(frozen=True)
@@ -68,4 +100,4 @@ class Cache:
     def take(self, rows: list[int]) -> Cache:
         """Of these rows alone, in this order."""
         index = torch.tensor(rows, dtype=torch.long, device=self.padding.device)
-        return replace(self, padding=self.padding[index], layers=tree_map_only(Tensor, lambda x: x[index], self.layers))
+        return replace(self, padding=self.padding[index], layers={name: past.take(index) for name, past in self.layers.items()})

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moe_kernels import Backend, Plan
 from moe_train.config import ModelConfig
-from moe_train.model.init import Constant, Initial, Normal
+from moe_train.model.init import Constant, Initial, Normal, Stack
 
 Drop = Callable[[Tensor, Plan], Tensor]  # hidden rows [M, F], sorted by expert as the plan says -> the same shape
 
@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.count = count
         self.gate_up = nn.Parameter(torch.empty(count, 2, width, size))
         self.down = nn.Parameter(torch.empty(count, size, width))
-        self.initial = {"gate_up": Normal(config.init_std), "down": Normal(config.init_std)}
+        self.initial = {name: Stack(Normal(config.init_std)) for name in ("gate_up", "down")}
         self.kernels = kernels
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor, merge: Merge | None = None) -> Tensor:
@@ -52,7 +52,7 @@ class ReluExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(count * width))
         self.down = nn.Parameter(torch.empty(count, size, width))
         self.down_bias = nn.Parameter(torch.empty(count * size))
-        self.initial: dict[str, Initial] = {"up": Normal(config.init_std), "down": Normal(config.init_std)}
+        self.initial: dict[str, Initial] = {name: Stack(Normal(config.init_std)) for name in ("up", "down")}
         self.initial |= {"up_bias": Constant(0.0), "down_bias": Constant(0.0)}
         self.kernels = kernels
 

@@ -164,7 +164,9 @@ class Routing(NamedTuple):
     expert_ids: Tensor  # [T, K] int32; -1 is an empty slot, which every kernel skips
     state: Tensor  # [B, S_local, R] for the next layer's router
     losses: dict[str, Tensor]  # unweighted [], summed over local tokens; weights are RouterConfig.loss_weights
-    stats: dict[str, Tensor]  # detached local sums; the engine sums them over micro-batches and ranks for after_step
+    stats: dict[
+        str, Tensor
+    ]  # detached local sums, of the same shapes in each step; the engine sums them over ranks for after_step
     memory: Any = None  # decoding only: what later tokens of a sequence need; its tensors are [B, ...]
     extra: tuple[Tensor, ...] = ()  # what this router's own `mix` needs besides ids and weights
 
@@ -213,8 +215,8 @@ class Router(nn.Module):
         """Matrix entries that one token's routing multiplies by. Override where a matrix is looked up, or used once for all tokens."""
         return sum(p.numel() for p in self.parameters() if p.ndim >= 2)
 
-    def frozen(self, progress: float) -> list[nn.Parameter]:
-        """Parameters that are neither updated nor decayed in a step before which `progress` of training was done.
+    def frozen(self) -> list[nn.Parameter]:
+        """Parameters that the next step neither updates nor decays, which buffers that `after_step` changes decide.
 
         For those that are frozen in mid-run; one that is never trained has requires_grad False.
         """
@@ -239,5 +241,8 @@ def register(config: type[RouterConfig]) -> Callable[[SomeRouter], SomeRouter]:
 
 
 def router_class(config: RouterConfig) -> type[Router]:
-    """The router that a configuration describes."""
-    return Router.registry[type(config)]
+    """The router that a configuration describes. Raises TypeError where none says so."""
+    kind = type(config)
+    if kind not in Router.registry:
+        raise TypeError(f"no router is registered for {kind.__name__}: decorate its class with @register({kind.__name__})")
+    return Router.registry[kind]

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_train.agent import part_of
 from moe_train.config import Config, ParallelSection
 from moe_train.config.layout import check_layout
 from moe_train.errors import UserError
+from moe_train.parallel.listening import open_store
 from moe_train.parallel.rendezvous import fresh_store
 
 
@@ -41,19 +43,30 @@ def start_world(config: Config) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:  # else gloo listens on the interface of the host's name
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        alone = _on_one_machine(size)
+        if alone:  # else others must be able to connect
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            store = fresh_store(shared, rank, size, timeout)
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-        elif "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
+        if "MASTER_ADDR" not in os.environ:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = fresh_store(part_of(shared, os.environ["TORCHELASTIC_RUN_ID"]), rank, size, timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        else:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = open_store(host, port, timeout, "MASTER_ADDR", alone, holder=rank == 0)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     reason = f"{size} rank(s) on {device.type} ({why}) over {dist.get_backend()}, compute in {str(dtype)[6:]} ({numbers})"
     return World(rank, size, device, dtype, reason)
+
+
+def _on_one_machine(size: int) -> bool:
+    """Whether all ranks are here: launchers other than torchrun may not say how many are, but then they name an address."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"]) == size
+    return os.environ.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1", "::1")
 
 
 def _choose_device(config: Config) -> tuple[torch.device, str]:

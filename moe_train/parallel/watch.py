@@ -55,7 +55,8 @@ class Watch:
 
     def __enter__(self) -> Self:
         if self.world.size > 1:
-            self._store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
+            # A connection of its own: on one, a `get` that waits in another thread holds up everything else.
+            self._store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
             self._write()
             threading.Thread(target=self._beat, name="watch", daemon=True).start()
         return self

@@ -1,31 +1,12 @@
-"""One file per routing method; importing this package registers them all."""
+"""One file per routing method; importing this package imports all of them, which registers them."""
+
+import pkgutil
+from importlib import import_module
 
 from moe_train.config import RouterConfig
-from moe_train.routers import (  # noqa: F401 (importing registers)
-    acmoe,
-    adamix,
-    aux_free,
-    cosine,
-    dselect_k,
-    ensemble,
-    expert_choice,
-    hash,
-    hypermoe,
-    latent_skills,
-    mlp,
-    monolithic,
-    random,
-    recurrent,
-    reinforce,
-    smear,
-    smoe_dropout,
-    st_gumbel,
-    stablemoe,
-    tag,
-    topk,
-    vqmoe,
-    xmoe,
-)
+
+for _file in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
 
 
 def registry() -> dict[str, type[RouterConfig]]:

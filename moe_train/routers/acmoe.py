@@ -22,7 +22,8 @@ then depends on later tokens and on other rows.
 
 State: the expert that was chosen first, plus 1 (0 = none yet), in one column; with `mix_weights` all top_k of them and their weights;
 with `skip_connect` the row too, D columns. It has no gradient. Buffers of an adaptive layer: means and dispersions [E, D], updates [E].
-Cost per token of an adaptive layer: a linear gate's 2 D E FLOP, D for the scaling, and 4 D E + 3 D for the statistics, forward only.
+Cost per token of an adaptive layer: a linear gate's 2 D E FLOP, D for the scaling, and 4 D E + 3 D for the statistics, forward only
+(where causal, in training only).
 
 Traps: with an empty cluster or one of a single token the published code divides by 1e-4, which flattens the scores of all others about
 300 times; here such clusters have W = 1 and are in no mean. It also takes an arbitrary one of the top_k as the label, and counts
@@ -165,15 +166,16 @@ class ACMoERouter(TokenChoice):
     @torch.no_grad()
     def _adapt(self, x: Tensor, labels: Tensor, batch: BatchInfo) -> tuple[Tensor, Sums]:
         """The weight of each feature of each token, like x [B, S_local, D], and what `after_step` needs; `labels`: see `_labels`."""
-        sums = self._measure(x, labels[..., 0].long(), batch)
-        if self.config.causal:
+        kept = self.config.causal
+        sums = self._measure(x, labels[..., 0].long(), batch) if self.training or not kept else {}
+        if kept:
             dispersions, live = self.dispersions, self.updates >= 2
         else:
             counts = sums["cluster_counts"]
             dispersions, live = sums["cluster_deviations"] / counts.clamp_min(1)[:, None], counts >= self.least
         table = feature_weights(dispersions, live, self.config.dispersion)
         table = torch.cat([torch.ones_like(table[:1]), table])  # label 0: no cluster
-        return self._look_up(table, labels), sums if self.config.causal else {}
+        return self._look_up(table, labels), sums if kept else {}
 
     def _look_up(self, table: Tensor, labels: Tensor) -> Tensor:
         """table [E + 1, D] at the labels that `_labels` gave -> [B, S_local, D]."""

@@ -10,11 +10,12 @@ While the router learns, a token changes its expert again and again, and what th
 routing is learned in the first `stage1_share` of training and fixed for the rest, by word; C goes on learning how much the chosen
 experts count.
 
-State: none between layers; the buffer `stage2` [1], 1 once it has begun, between steps. Cost per token: 2 D E + 2 P E FLOP and a
-row of V; V has vocabulary * P parameters per layer. Traps: a frozen parameter with a zero gradient would still be decayed and
-moved by Adam's momentum (`frozen` names V and U to the optimizer). Departures: the published code has one expert per token, here
-the target of the distillation is spread evenly over the top k; it evaluates with the light router in stage 1 too, here with the
-one that trains; its balance loss weighs only the chosen scores, here it is the one that all routers share.
+State: none between layers; the buffer `stage2` [1], 1 once it has begun and for good, between steps: also where a run goes on
+with more steps than it was started with, or starts from such weights. Cost per token: 2 D E + 2 P E FLOP and a row of V; V has
+vocabulary * P parameters per layer. Traps: a frozen parameter with a zero gradient would still be decayed and moved by Adam's
+momentum (`frozen` names V and U to the optimizer). Departures: the published code has one expert per token, here the target of
+the distillation is spread evenly over the top k; it evaluates with the light router in stage 1 too, here with the one that
+trains; its balance loss weighs only the chosen scores, here it is the one that all routers share.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -88,12 +89,12 @@ class StableMoERouter(TokenChoice):
         """Rows of the word table are looked up."""
         return self.weight.numel() + self.word_scorer.numel()
 
-    def frozen(self, progress: float) -> list[nn.Parameter]:
+    def frozen(self) -> list[nn.Parameter]:
         """The light router in stage 2."""
-        return [self.words, self.word_scorer] if progress >= self.config.stage1_share else []
+        return [self.words, self.word_scorer] if self.stage2 else []
 
     @torch.no_grad()
     def after_step(self, stats: dict[str, Tensor], progress: float) -> None:
         """Begin stage 2 when its time has come."""
         super().after_step(stats, progress)
-        self.stage2.fill_(int(progress >= self.config.stage1_share))
+        self.stage2.clamp_(min=int(progress >= self.config.stage1_share))

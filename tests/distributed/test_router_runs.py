@@ -16,31 +16,42 @@ NAMES = sorted(routers.registry())
 STEPS, SAVED = 3, 2
 
 
-def whole_run(name: str, prefix: str, folder: str) -> dict[str, Any]:
-    """A run whose router is chosen by one word, and another one that takes up its checkpoint in the middle."""
-    from moe_train.checkpoint import dcp
+def config_of(name: str, prefix: str, steps: int = STEPS) -> Any:
+    """A run whose router is chosen by one word."""
     from moe_train.cli import load_run
-    from moe_train.data.loader import Loader
-    from moe_train.engine.native import NativeEngine
-    from moe_train.parallel.mesh import start_world
 
     sizes = {**TINY, "num_layers": 2, "vocab_size": 320}
     words = [f"model.{key}={value}" for key, value in sizes.items()] + [
         f"data.{part}={prefix}" for part in ("train", "valid", "test")
     ]
     words += [
-        f"train.steps={STEPS}",
+        f"train.steps={steps}",
         "train.seq_len=32",
         "train.global_batch_size=4",
         "train.micro_batch_size=2",
         "train.device=cpu",
     ]
     words += ["optim.lr=1e-2", "optim.warmup_steps=1", "data.tokenizer=bytes", f"model.router.name={name}"]
-    config = load_run("configs/quickstart.yaml", words)
-    world = start_world(config)
+    return load_run("configs/quickstart.yaml", words)
+
+
+def batches_of(config: Any, world: Any) -> list[Any]:
+    from moe_train.data.loader import Loader
+
     shape = {"seq_len": 32, "micro_batch_size": 2, "global_batch_size": 4}
     loader = Loader(config.data.train, **shape, seed=0, dp_rank=world.rank, dp_size=world.size)
-    batches = [loader.next_step() for _ in range(STEPS)]
+    return [loader.next_step() for _ in range(STEPS)]
+
+
+def whole_run(name: str, prefix: str, folder: str) -> dict[str, Any]:
+    """A run, and another one that takes up its checkpoint in the middle."""
+    from moe_train.checkpoint import dcp
+    from moe_train.engine.native import NativeEngine
+    from moe_train.parallel.mesh import start_world
+
+    config = config_of(name, prefix)
+    world = start_world(config)
+    batches = batches_of(config, world)
     engine = NativeEngine(config, world)
     first = [take_step(engine, batch) for batch in batches[:SAVED]]
     dcp.save(Path(folder), SAVED, engine.state_dict(), {}, {})
@@ -58,10 +69,32 @@ def whole_run(name: str, prefix: str, folder: str) -> dict[str, Any]:
     return {"losses": [loss for loss, _ in steps], "resumed": [loss for loss, _ in resumed], "differ": differ, "moved": moved}
 
 
+def longer_run(name: str, prefix: str) -> tuple[list[str], list[str], list[str]]:
+    """What is frozen after some steps of a run, what of it moves when a run of many more steps goes on, and what is frozen then."""
+    from moe_train.engine.native import NativeEngine
+    from moe_train.parallel.mesh import start_world
+
+    config = config_of(name, prefix)
+    world = start_world(config)
+    *first, last = batches_of(config, world)
+    engine = NativeEngine(config, world)
+    for batch in first:
+        take_step(engine, batch)
+    longer = NativeEngine(config_of(name, prefix, 1000 * STEPS), world)
+    longer.load_state_dict(engine.state_dict())
+    longer.steps_done = engine.steps_done
+    frozen = frozen_in(longer)
+    return frozen, take_step(longer, last)[1], frozen_in(longer)
+
+
+def frozen_in(engine: Any) -> list[str]:
+    frozen = {id(p) for router in engine.model.routers().values() for p in router.frozen()}
+    return [name for name, p in engine.model.named_parameters() if id(p) in frozen]
+
+
 def take_step(engine: Any, batch: Any) -> tuple[float, list[str]]:
     """The cross entropy of a step, and what moved in it although it is frozen."""
-    frozen = {id(p) for router in engine.model.routers().values() for p in router.frozen(engine.steps_done / STEPS)}
-    names = [name for name, p in engine.model.named_parameters() if id(p) in frozen or not p.requires_grad]
+    names = [*frozen_in(engine), *(name for name, p in engine.model.named_parameters() if not p.requires_grad)]
     before = values(engine)
     loss = engine.forward_backward(batch).cross_entropy
     engine.step()
@@ -105,3 +138,12 @@ def test_it_goes_on_where_it_was_saved(name: str, runs: list[dict[str, Any]]) ->
         assert isinstance(run, dict), run
         assert run["differ"] == []
         assert run["resumed"] == run["losses"][SAVED:]
+
+
+@pytest.mark.parametrize("name", [name for name, config in routers.registry().items() if config.freezes])
+def test_what_was_frozen_stays_frozen_where_a_run_gets_more_steps(name: str, tmp_path: Path) -> None:
+    """The share of training that is done falls then below the one from which on it is frozen."""
+    [(frozen, moved, later)] = run_ranks(1, longer_run, name, write_corpus(tmp_path / "text"))
+    assert frozen
+    assert moved == []
+    assert later == frozen

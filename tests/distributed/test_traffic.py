@@ -275,10 +275,7 @@ def test_pipeline(prefix: str) -> None:
         data_parallel(layout, found, norm=rank >= 2)
         pipeline(layout, found)
         everyone(layout, found)
-        calls, size = seen.pop(("pp", "all_gather"))  # names and shapes of the layers' statistics, once a step
-        assert calls == 2
-        assert size < 2000
-        assert seen == found.seen()
+        assert seen == found.seen()  # the stages have told each other of their statistics in the first step
 
 
 def test_what_it_cannot_count_is_an_error() -> None:

@@ -35,12 +35,12 @@ def patch(faults: dict[str, Any]) -> None:
         if marker is not None:
             marker.touch()
 
-    def faulty_step(self: NativeEngine, batch: StepBatch, *rest: Any) -> Any:
+    def faulty_step(self: NativeEngine, batch: StepBatch, **rest: Any) -> Any:
         if faults.get("nan", [])[:2] != [self.steps_done + 1, RANK] or not faults["nan"][2]:
-            return forward_backward(self, batch, *rest)
+            return forward_backward(self, batch, **rest)
         faults["nan"][2] -= 1
         hit()
-        return with_nan(self, lambda: forward_backward(self, batch, *rest))
+        return with_nan(self, lambda: forward_backward(self, batch, **rest))
 
     def faulty_batch(self: Loader) -> StepBatch:
         step = self._cursor // self._global_batch_size + 1

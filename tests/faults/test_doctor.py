@@ -80,3 +80,19 @@ def test_what_is_wrong_is_named_with_its_remedy(prefix: str, tmp_path: Path) -> 
     assert done.returncode == 1
     assert "FAIL" in done.stdout
     assert done.stdout.count("remedy: ") >= 1
+
+
+@pytest.mark.parametrize(
+    ("right", "speed", "gpus", "good", "said"),
+    [
+        (True, 0.1e9, False, True, ""),
+        (True, 20e9, True, True, ""),
+        (True, 1e9, True, False, "NCCL_DEBUG=INFO"),
+        (False, 20e9, True, False, "corrupts data"),
+    ],
+)
+def test_links_of_gpus_that_are_as_slow_as_sockets(right: bool, speed: float, gpus: bool, good: bool, said: str) -> None:
+    check = doctor.judge_links(right, speed, "so fast", gpus)
+    assert check.good is good
+    assert good or said in check.remedy
+    assert ("WRONG SUM" in check.found) is not right

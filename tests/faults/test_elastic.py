@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from corpora import write_corpus
 from launches import ROOT
 from tiny_run import rows, words_for
+from torchruns import Torchrun
 
 from moe_train.metrics import read_rows
 
@@ -28,56 +28,9 @@ OWN = [
 ]
 
 
-class Torchrun:
-    """torchrun in a process group of its own, whose output goes to a file."""
-
-    def __init__(self, log: Path, *options: str, words: list[str]) -> None:
-        self.log = log
-        call = [sys.executable, "-m", "torch.distributed.run", *options, "launch/pretrain.py", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        # Without it the agents of torch 2.13 do not tell a node that joins later where rank 0 is.
-        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "--nnodes=1:2" in options else {}
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                call, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def workers(self) -> list[int]:
-        found = subprocess.run(["ps", "--ppid", str(self.process.pid), "-o", "pid="], capture_output=True, text=True).stdout
-        return [int(pid) for pid in found.split()]
-
-    def wait_for(self, pattern: str, after: int = 0, seconds: float = 120.0) -> re.Match[str]:
-        end = time.monotonic() + seconds
-        while (found := re.compile(pattern, re.MULTILINE).search(self.said, after)) is None:
-            assert self.process.poll() is None, self.said[-3000:]
-            assert time.monotonic() < end, self.said[-3000:]
-            time.sleep(0.02)
-        return found
-
-    def kill(self) -> None:
-        """End torchrun and its workers at once, as a node does that loses power."""
-        for pid in [*self.workers(), self.process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     return [*words_for(write_corpus(tmp_path / "text", documents=100)), *OWN, f"run.dir={tmp_path / 'run'}"]
-
-
-@pytest.fixture
-def started() -> Iterator[list[Torchrun]]:
-    """Those that a test has started; what still runs is killed."""
-    started: list[Torchrun] = []
-    yield started
-    for run in started:
-        if run.process.poll() is None:
-            run.kill()
 
 
 def test_a_run_that_could_not_find_its_folder_again_is_refused() -> None:
@@ -92,9 +45,10 @@ def test_a_run_that_could_not_find_its_folder_again_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_comes_back(words: list[str], tmp_path: Path, started: list[Torchrun]) -> None:
+@pytest.mark.parametrize("rendezvous", ["--rdzv-backend=private", "--standalone"])
+def test_a_killed_rank_comes_back(rendezvous: str, words: list[str], tmp_path: Path, started: list[Torchrun]) -> None:
     """The time from the kill to the next step, and what it is made of, is printed."""
-    options = ("--standalone", "--nproc-per-node=2", "--max-restarts=3")
+    options = (rendezvous, "--nproc-per-node=2", "--max-restarts=3")
     run = Torchrun(tmp_path / "out", *options, words=[*words, "train.steps=80"])
     started.append(run)
     run.wait_for(r"^step +12/")
@@ -126,7 +80,7 @@ def test_a_node_less_and_a_node_more(words: list[str], tmp_path: Path, started: 
         "--nnodes=1:2",
         "--nproc-per-node=1",
         "--max-restarts=3",
-        "--rdzv-backend=c10d",
+        "--rdzv-backend=private",
         f"--rdzv-endpoint=127.0.0.1:{port}",
     )
     options += ("--rdzv-id=run", "--local-addr=127.0.0.1", "--rdzv-conf=last_call_timeout=3,join_timeout=60")

@@ -13,6 +13,7 @@ import pytest
 from corpora import write_corpus
 from launches import Launch, command, launch
 from tiny_run import content, rows, words_for
+from torchruns import Torchrun
 
 from moe_train.checkpoint import dcp
 from moe_train.checkpoint.manifest import read_manifest
@@ -350,6 +351,19 @@ def test_the_command_with_a_damaged_checkpoint(run: Path, words: list[str]) -> N
     assert content(run) == before
 
 
+def test_torchrun_does_not_start_ranks_again_that_made_a_mistake(
+    words: list[str], tmp_path: Path, started: list[Torchrun]
+) -> None:
+    """It ends as one process does, though it was to start them three times more."""
+    options = ("--rdzv-backend=private", "--nproc-per-node=2", "--max-restarts=3")
+    run = Torchrun(tmp_path / "out", *options, words=[*words, "model.hiden_size=64", f"run.dir={tmp_path / 'run'}"])
+    started.append(run)
+    assert run.process.wait(120) == 2, run.said
+    assert run.said.count("did you mean model.hidden_size?") == 1
+    assert "Traceback" not in run.said
+
+
+@pytest.mark.slow
 def test_torchrun_with_a_mistake(words: list[str], tmp_path: Path) -> None:
     """torchrun adds a report of its own."""
     done = command(*words, "data.train=/nowhere/text", f"run.dir={tmp_path / 'run'}", ranks=2)

@@ -17,12 +17,13 @@ from tiny_run import rows, words_for
 from torch.distributed.tensor import DTensor
 
 from moe_train import verify
-from moe_train.checkpoint import dcp
+from moe_train.checkpoint import dcp, examine
 from moe_train.checkpoint.logical import logical_tensors
 from moe_train.cli import merge, parse
 from moe_train.engine.choose import make_engine
 from moe_train.errors import UserError
 from moe_train.evaluate import byte_lengths
+from moe_train.faults import bundle
 from moe_train.parallel.mesh import start_world
 from moe_train.train import data_loader, eval_rows, settle_vocabulary
 
@@ -56,8 +57,9 @@ class Case(NamedTuple):
         return f"{self.router}-{self.ranks}ranks-zero{self.stage}-ep{self.ep}"
 
 
-LAYOUTS = [(2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 0, 2), (2, 1, 2), (2, 2, 2)]
-LAYOUTS += [(4, 0, 1), (4, 1, 1), (4, 2, 1), (4, 3, 1), (4, 0, 2), (4, 1, 2), (4, 2, 2)]
+# Experts first: a rank on which DeepSpeed has run without them has its backend already, and a user's has not.
+LAYOUTS = [(2, 0, 2), (2, 1, 2), (2, 2, 2), (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1)]
+LAYOUTS += [(4, 0, 2), (4, 1, 2), (4, 2, 2), (4, 0, 1), (4, 1, 1), (4, 2, 1), (4, 3, 1)]
 STAGES = {f"zero{stage}-ep{ep}": (stage, ep) for stage, ep in ((0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2))}
 ROUTERS = {"topk": TOPK, "recurrent": RECURRENT}
 CASES = [Case(*layout, router) for layout in LAYOUTS for router in ROUTERS]
@@ -392,22 +394,49 @@ def test_a_build_that_was_killed_is_named(place: Place) -> None:
         run_ranks(2, start_offload, place, build)
 
 
-def test_a_run_moves_between_engines(place: Place, tmp_path: Path) -> None:
-    """Two ranks under stage 3 begin it, validate, save and sample; one process of the native engine goes on; evaluation opens it."""
+@pytest.mark.parametrize("kind", [(3, 1), (2, 2), (0, 2)], ids=["zero3", "zero2-ep2", "zero0-ep2"])
+def test_a_run_moves_between_engines(kind: tuple[int, int], place: Place, tmp_path: Path) -> None:
+    """Two ranks under DeepSpeed begin it, validate, save and sample; one process of the native engine goes on; evaluation opens it."""
     folder = tmp_path / "run"
     words = [*words_for(place.prefix), f"run.dir={folder}"]
-    three = ["engine.name=deepspeed", "engine.zero_stage=3", f"engine.deepspeed_json={place.options}"]
-    first = launch("pretrain", *words, *three, "train.steps=4", ranks=2)
+    sizes = [f"engine.zero_stage={kind[0]}", f"parallel.ep={kind[1]}"]
+    deepspeed = ["engine.name=deepspeed", *sizes, f"engine.deepspeed_json={place.options}"]
+    first = launch("pretrain", *words, *deepspeed, "train.steps=4", ranks=2)
     assert first.returncode == 0, first.stderr
     assert (folder / "sample.txt").exists()
     second = launch("pretrain", *words)
     assert second.returncode == 0, second.stderr
     assert "resumed at step 4" in second.stdout
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
-    again = launch("pretrain", *words, *three, "train.steps=8", ranks=2)
+    again = launch("pretrain", *words, *deepspeed, "train.steps=8", ranks=2)
     assert again.returncode == 0, again.stderr
     evaluated = launch("evaluate", str(folder), "--data", place.prefix)
     assert evaluated.returncode == 0, evaluated.stderr
+
+
+def test_nan_on_one_rank_under_stage_3_skips_the_step_on_all(place: Place, tmp_path: Path) -> None:
+    """Its gradients are NaN twice: the step is computed again, skipped, and kept with the weights before it."""
+    three = ["engine.name=deepspeed", "engine.zero_stage=3", f"engine.deepspeed_json={place.options}"]
+    saving = ["checkpoint.asynchronous=false", "checkpoint.keep_last=9", "train.micro_batch_size=2"]
+    found = {}
+    for name, engine in (("native", []), ("deepspeed", three)):
+        words = [*words_for(place.prefix), *saving, *engine, f"run.dir={tmp_path / name}"]
+        done = launch("../tests/faults/inject", json.dumps({"nan": [3, 1, 2]}), *words, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert "warning: step 3: the gradient norm is nan; the step is skipped; kept in" in done.stdout
+        found[name] = rows(tmp_path / name)
+    assert [row.get("skipped", 0) for row in found["deepspeed"]] == [0, 0, 1, 0, 0, 0]
+    faults = rows(tmp_path / "deepspeed", "fault")
+    assert [(row["step"], row["action"]) for row in faults] == [(3, "again"), (3, "skip")]
+    for mine, other in zip(found["deepspeed"], found["native"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=LIMIT, nan_ok=True)
+    kept = bundle.load(tmp_path / "deepspeed" / "faults" / "step-00000003")
+    assert kept.ranks == [0, 0, 1, 1]
+    before = tmp_path / "deepspeed" / "checkpoints" / "step-00000002"
+    assert not [name for name in examine.differences(kept.weights, before) if "model." in name]
+    told = launch("replay", str(kept.path))
+    assert told.returncode == 0, told.stderr
+    assert "everything is finite here: the fault was not in the batch and the weights" in told.stdout
 
 
 def test_the_layout_proof_puts_one_native_process_beside_deepspeed(place: Place) -> None:

@@ -4,12 +4,13 @@ Compilation needs real Triton and this process may run its interpreter, so one s
 """
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from moe_kernels.aot import SHARED_LIMIT, AotCase, AotResult, _tile_loads, cases
+from moe_kernels.aot import _INSTRUCTIONS, SHARED_LIMIT, AotCase, AotResult, _tile_loads, cases
 
 _JOBS = [(module, case.name, arch) for module, case in cases() for arch in case.archs]
 
@@ -86,10 +87,24 @@ def test_the_rules_find_each_failure():
         ({"rings": (3, 1)}, "1 operands piped, expected 2"),
         ({"loads": 1}, "1 operand loads left in the loop"),
         ({"instructions": {"mma.sync": "m16n8k16"}}, "no wgmma"),
+        ({"instructions": {"wgmma": "m64n128k16", "atomic": "f32"}}, "atomic operations on f32"),
     ):
         (found,) = result(**changes).failures(case, 90)
         assert failure in found
     assert result(instructions={"mma.sync": "m16n8k16"}).failures(case, 80) == []
+
+
+@pytest.mark.parametrize(
+    ("ptx", "found"),
+    [
+        ("atom.global.gpu.acq_rel.add.f32 %f1, [%rd1], %f2;", ["f32"]),
+        ("@%p1 red.global.add.f32 [%rd1], %f2;", ["f32"]),
+        ("atom.shared::cta.add.u32 %r1, [%r2], 1;", ["u32"]),
+        ("redux.sync.add.s32 %r1, %r2, -1; mbarrier.try_wait.parity.shared.b64 %p, [%r1], %r2;", []),
+    ],
+)
+def test_atomics_are_seen(ptx, found):
+    assert re.findall(_INSTRUCTIONS["atomic"], ptx) == found
 
 
 def test_a_load_left_in_the_loop_is_counted():

@@ -19,7 +19,10 @@ import op_jobs
 import report
 import rivals
 import run
+import tune
 from harness import FORWARD, TRAINING, Budget, DeviceLost, Job, Problem, Provider, Runner, Session, Settings
+
+from moe_kernels import configs, launch
 
 CPU = torch.device("cpu")
 TINY = moe_ops.Shape("tiny", 24, 4, 2, 16, 8)
@@ -349,6 +352,42 @@ def test_command_line():
             run.parse(wrong)
     assert run.default_output("NVIDIA H200").name == "h200.jsonl"
     assert run.default_output("NVIDIA A100-SXM4-80GB").name == "a100-sxm4-80gb.jsonl"
+
+
+@pytest.mark.parametrize("op", tune.OPS)
+def test_the_tuner_checks_a_candidate_against_torch(op, monkeypatch):
+    """Its inputs, its launch and its comparison, in the interpreter: a right config passes, and a result off by 5% does not."""
+    if not launch.INTERPRETED:
+        pytest.skip("a machine with a GPU runs the kernels there")
+    for name, value in {"DEVICE": "cpu", "E": 4, "K": 2, "D": 72, "F": 40}.items():
+        monkeypatch.setattr(tune, name, value)
+    caches = (tune.problem, tune._tiles, tune.expected)
+    for cached in caches:
+        cached.cache_clear()
+    (config,) = configs._INTERPRETER[op]
+    assert tune.difference(op, config, 40, "zipf") <= tune.TOLERANCE
+    off = [1.05 * result.float() for result in tune.expected(op, 40, "zipf")]
+    monkeypatch.setattr(tune, "expected", lambda *_: off)
+    assert tune.difference(op, config, 40, "zipf") > tune.TOLERANCE
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_tuner_tries_every_candidate_of_the_chip(arch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (arch // 10, arch % 10))
+    found = tune.jobs(list(tune.OPS))
+    assert {(job.op, job.config) for job in found} >= {
+        (op, config) for op, candidates in configs.CANDIDATES[arch].items() for config in candidates
+    }
+    assert found == sorted(found, key=lambda job: job.config.specialize)  # what may hang comes last
+
+
+def test_the_tuner_needs_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--output", str(tmp_path / "tune.json")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main() == 1
+    assert "needs a CUDA device" in capsys.readouterr().out
 
 
 def test_list_measures_nothing(capsys):

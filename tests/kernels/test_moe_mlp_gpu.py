@@ -86,7 +86,7 @@ def test_a_graph_replays_with_any_routing(monkeypatch):
 
 
 def test_offsets_above_2_to_the_31(monkeypatch):
-    """M * D, M * F and E * 2F * D exceed 2^31; the last tokens must equal the same tokens alone."""
+    """M * D, M * F and E * 2F * D exceed 2^31; the last tokens, and their gradients, must equal those of the same tokens alone."""
     if torch.cuda.get_device_properties(0).total_memory < 100e9:
         pytest.skip("needs 100 GB")
     monkeypatch.setattr(launch, "_allocate", torch.empty)
@@ -100,10 +100,16 @@ def test_offsets_above_2_to_the_31(monkeypatch):
     ids = torch.randint(0, num_experts, (tokens, top_k), device="cuda", generator=generator, dtype=torch.int32)
     weights = torch.rand(tokens, top_k, device="cuda", generator=generator)
     ids[-64:] = torch.arange(num_experts - top_k, num_experts, device="cuda", dtype=torch.int32)
-    with configs.batch_invariant(), torch.no_grad():
-        last = with_triton.moe_mlp(x, gate_up, down, ids, weights)[-64:]
-        alone = with_triton.moe_mlp(x[-64:], gate_up, down, ids[-64:], weights[-64:])
-    assert torch.equal(last, alone)
+
+    def of_the_last(start):
+        leaves = [value[start:].detach().requires_grad_() for value in (x, weights)]
+        out = with_triton.moe_mlp(leaves[0], gate_up, down, ids[start:], leaves[1])
+        return [value[-64:].clone() for value in (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))]
+
+    with configs.batch_invariant():
+        last, alone = of_the_last(0), of_the_last(tokens - 64)
+    for name, a, b in zip(("out", "grad x", "grad weights"), last, alone, strict=True):
+        assert torch.equal(a, b), name
     expected = reference.moe_mlp(*(tensor.float() for tensor in (x[-64:],)), gate_up[-4:].float(), down[-4:].float(),
                                  ids[-64:] - (num_experts - top_k), weights[-64:])  # fmt: skip
-    assert_close(last, expected, torch.bfloat16)
+    assert_close(last[0], expected, torch.bfloat16)

@@ -126,17 +126,6 @@ def test_a_permuted_layer_compiles_with_changing_token_counts(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", FAST, ids=lambda b: b.__name__.rsplit("_")[-1])
-def test_opcheck(backend, device, monkeypatch):
-    monkeypatch.setattr(launch, "_allocate", torch.empty)  # guard rows would be a storage offset that the fake kernel lacks
-    plan = backend.sort_by_expert(route(12, 3, 2).to(device), 3)
-    x, rows = torch.randn(12, 16, device=device), torch.randn(24, 16, device=device)
-    weights = torch.rand(12, 2, device=device)
-    torch.library.opcheck(backend._ops.permute, (x.requires_grad_(), *plan[:3]))
-    for scale in (weights.requires_grad_(), None):
-        torch.library.opcheck(backend._ops.unpermute, (rows.requires_grad_(), *plan[:3], scale))
-
-
 def test_permute_leaves_rows_of_empty_slots_alone(device):
     ids = route(40, 4, 2, "holes").to(device)
     plan = with_triton.sort_by_expert(ids, 4)

@@ -15,7 +15,6 @@ from twins import (
     assert_close,
     assert_compiles,
     compare,
-    opcheck,
 )
 
 from moe_kernels import KernelError
@@ -243,20 +242,6 @@ def test_what_the_triton_backend_refuses(where):
     for hidden, weight in ((where.normal(4, 2).double(), where.normal(3, 2)), (where.normal(4, 2), where.normal(1025, 2))):
         with pytest.raises(KernelError, match=r"hidden of 16 or 32 bits and E up to 1024 \(else use the torch backend\)"):
             op(hidden, weight, 2)
-
-
-@pytest.mark.parametrize("where", TRITON_FLOAT32)
-def test_opcheck(where, monkeypatch):
-    where.op("topk", "score_topk")
-    hidden, weight = (value.requires_grad_() for value in inputs(where, 5, 8, 6, 2))
-    opcheck(monkeypatch, "score_topk_triton", (hidden, weight, 2, False, True))
-    opcheck(monkeypatch, "score_topk_triton", (hidden, weight, 2, True, False))
-    scores, weights = where.normal(5, 6), where.normal(5, 2)
-    ids = torch.tensor([[0, 3]] * 5, dtype=torch.int32, device=where.device)
-    for dscores, dlogits in ((scores, None), (None, scores)):
-        args = (scores, weights, ids, weights, dscores, dlogits, False, True, where.dtype)
-        opcheck(monkeypatch, "score_topk_logits_triton", args)
-    opcheck(monkeypatch, "score_topk_weight_triton", (scores, hidden.detach()))
 
 
 @pytest.mark.parametrize("where", ON_GPU)

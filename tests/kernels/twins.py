@@ -146,9 +146,3 @@ def assert_compiles(
         mine, truth = run(compiled, args, grad_of), run(op, args, grad_of)
         for a, b in zip([*mine.outputs, *mine.grads], [*truth.outputs, *truth.grads], strict=True):
             torch.testing.assert_close(a, b)
-
-
-def opcheck(monkeypatch: pytest.MonkeyPatch, op: str, args: tuple) -> None:
-    """torch.library's own checks: schema, fake kernel, autograd, tracing. They compare storage offsets, so memory is not poisoned."""
-    monkeypatch.setattr(launch, "_allocate", torch.empty)
-    torch.library.opcheck(getattr(torch.ops.moe_kernels, op), args)

@@ -277,6 +277,23 @@ def test_kept_statistics_come_to_be_the_published_ones(kind: str) -> None:
     assert gap < {"mad": 0.06, "variance": 0.12, "pairwise": 0.06}[kind]
 
 
+@pytest.mark.parametrize("dispersion", ["mad", "variance", "pairwise"])
+def test_statistics_are_taken_in_training_alone(dispersion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation and decoding use those that are kept; the published form needs its own of every micro-batch."""
+    causal, published = (make({**form, "dispersion": dispersion}) for form in (ACMOE, PUBLISHED))
+    x, labels = normal(40, 16), torch.arange(40) % 4
+    for seed in range(3):
+        causal.after_step(route(causal, normal(40, 16, seed=seed), labels).stats, 0.5)
+    training = {router: route(router, x, labels) for router in (causal, published)}
+    assert {"cluster_counts", "cluster_deviations"} <= training[causal].stats.keys()
+    torch.testing.assert_close(route(published.eval(), x, labels).weights, training[published].weights, rtol=0, atol=0)
+    monkeypatch.setattr(causal, "_measure", None)  # is not called
+    evaluated = route(causal.eval(), x, labels)
+    assert torch.equal(evaluated.weights, training[causal].weights)
+    assert torch.equal(evaluated.expert_ids, training[causal].expert_ids)
+    assert not any(name.startswith("cluster") for name in evaluated.stats)
+
+
 def test_nothing_is_adaptive_before_two_steps() -> None:
     causal, plain = make(ACMOE), make(ACMOE, layer=0)
     x, labels = normal(40, 16), torch.arange(40) % 4

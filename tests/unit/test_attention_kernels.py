@@ -11,7 +11,8 @@ import torch
 from flash import RUNS, causal_rows, flash_like
 from models import TINY
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.cli import parse
 from moe_train.config.kernels import kernel_conflicts
@@ -101,6 +102,67 @@ def test_flex_as_far_as_a_cpu_runs_it(packing: str) -> None:
         q, k, v, _ = inputs(len(doc_ids), len(positions), 16, groups=2)
         out = kernel.attend(q, k, v, kernel.segments(doc_ids, CPU, queries))
         torch.testing.assert_close(out, naive(q, k, v, doc_ids, positions), rtol=1e-10, atol=1e-12)
+
+
+LONG = {  # documents whose edges are at the edges of blocks of 128, beside them and far from them
+    "at edges": [[128, 256, 384], [768]],
+    "beside edges": [[127, 2, 127, 384, 128], [300, 468]],
+    "short last block": [[200, 130, 300], [629, 1]],
+    "single tokens": [[1] * 300, [150] * 2],
+}
+
+
+@pytest.mark.parametrize("packing", LONG)
+def test_blocks_are_those_of_the_whole_mask(packing: str) -> None:
+    """Under a zigzag split a block may be looked at in vain, but none is left out and none is taken for full that is not."""
+    doc_ids, kernel = documents(LONG[packing]), AttentionKernel("flex", FlexAttention(flex_attention), "blocks")
+    length = doc_ids.shape[1]
+    splits = {n: deal(length, n, "gather") for n in (1, 2, 3) if length % (2 * n) == 0}
+    assert len(splits) >= 2
+    for n, positions in ((n, positions) for n, split in splits.items() for positions in split):
+        found = kernel.segments(doc_ids, CPU, None if n == 1 else positions).blocks
+        wanted = create_block_mask(found.mask_mod, len(doc_ids), None, len(positions), length, "cpu")
+        assert found.seq_lengths == wanted.seq_lengths
+        assert found.BLOCK_SIZE == wanted.BLOCK_SIZE
+        assert torch.equal(listed(found, "full_"), listed(wanted, "full_"))
+        assert torch.equal(listed(found, "full_", "q"), listed(wanted, "full_", "q"))
+        some, needed = listed(found), listed(wanted)
+        assert torch.equal(some & needed, needed)
+        if len(positions) // 2 % 128 == 0 or n == 1:
+            assert torch.equal(some, needed)
+
+
+def listed(blocks, kind: str = "", of: str = "kv") -> Tensor:
+    """The blocks that a block mask lists, [B, H, blocks of queries, blocks of keys] bool, the other way round for `q`."""
+    numbers, indices = getattr(blocks, f"{kind}{of}_num_blocks"), getattr(blocks, f"{kind}{of}_indices")
+    real = torch.arange(indices.shape[-1]) < numbers[..., None]
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), real)
+
+
+@pytest.mark.parametrize("packing", ["beside edges", "short last block"])
+def test_flex_over_several_blocks(packing: str) -> None:
+    doc_ids, kernel = documents(LONG[packing]), AttentionKernel("flex", FlexAttention(flex_attention), "blocks")
+    for queries in (None, deal(doc_ids.shape[1], 3, "gather")[1]):
+        q, k, v, _ = inputs(2, doc_ids.shape[1] if queries is None else len(queries), doc_ids.shape[1], groups=2)
+        out, expected = (one.attend(q, k, v, one.segments(doc_ids, CPU, queries)) for one in (kernel, KERNELS["sdpa"]))
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_are_found_without_a_mask_of_all_pairs() -> None:
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.elements = max(
+                [self.elements, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor))]
+            )
+            return out
+
+    doc_ids, kernel = documents([[4096, 1, 4095]]), AttentionKernel("flex", FlexAttention(flex_attention), "blocks")
+    with Largest() as largest:
+        kernel.segments(doc_ids, CPU)
+    assert largest.elements < 4 * 8192
 
 
 @pytest.mark.parametrize("form", ["mask", "bounds", "blocks"])

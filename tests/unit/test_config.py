@@ -111,6 +111,12 @@ def test_all_problems_are_in_one_report() -> None:
         ({"model": 3}, "model=3"),
         ({"steps": 3}, "did you mean train.steps?"),
         ({"model": {"top_k": 3}}, "did you mean model.router.top_k?"),
+        (
+            {"model": {"router": {"name": "topk", "router_size": 3}}},
+            "model.router.router_size: unknown key; a key of recurrent, and this router is topk, which has name, top_k",
+        ),
+        ({"data": {"train": []}}, "data.train=[]: an empty list names nothing"),
+        ({"sft": {"valid": []}}, "sft.valid=[]: an empty list names nothing"),
         ({"optim": {"lr": float("nan")}}, "optim.lr=nan"),
         ({"optim": {"lr": "fast"}}, "optim.lr='fast'"),
         ({"parallel": {"dp_shard": "all"}}, "parallel.dp_shard='all'"),
@@ -205,6 +211,7 @@ def test_bad_overrides(word: str) -> None:
         ({"dp_replicate": 2}, 3, "multiple of 2"),
         ({"dp_shard": 2}, 4, "use auto"),
         ({}, 4, "times 4 data-parallel ranks"),
+        ({"pp": 2}, 6, "gives 1 micro-batches to each pipeline; 1f1b needs at least pp=2"),
     ],
 )
 def test_layouts_that_do_not_fit(parallel: dict, world: int, part: str) -> None:

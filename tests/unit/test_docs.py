@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from moe_train import routers
+from moe_train.cli import load_run
+from moe_train.config.layout import check_layout
+from moe_train.verify import lay_out
 
 ROOT = Path(__file__).parents[2]
+TUTORIAL = {"model.router.name=sticky"}  # a router that is there only for those who have read the page
 
 
 def python(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -38,7 +42,7 @@ def files_of(page: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project with the tutorial's files, and its line of registration."""
+    """The project with the tutorial's files."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("moe_train", "tests", "kernels/moe_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -48,13 +52,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, text in files.items():
         assert not (folder / path).exists()
         (folder / path).write_text(text)
-    ((before, after),) = re.findall(
-        r"^```diff\n (.*)\n\+(.*)\n```$", (ROOT / "docs" / "your_router.md").read_text(), re.MULTILINE
-    )
-    registered = folder / "moe_train" / "routers" / "__init__.py"
-    text = registered.read_text()
-    assert text.count(f"{before}\n") == 1
-    registered.write_text(text.replace(f"{before}\n", f"{before}\n{after}\n"))
     return folder
 
 
@@ -74,3 +71,30 @@ def test_the_tutorials_router_passes_what_every_router_must(copy: Path) -> None:
     done = python("-m", "pytest", "tests/unit/test_every_router.py", "-k", "sticky", "-p", "no:cacheprovider", cwd=copy)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d\d passed", done.stdout) or re.search(r"^\.{10}", done.stdout, re.MULTILINE), done.stdout
+
+
+def commands() -> list[tuple[str, str, str, list[str]]]:
+    """(ranks, command, run file, words) of each line in the documentation that starts a run of ours on a file of ours."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text().replace("\\\n", " ") for page in pages if page.name != "experiments.md")
+    pattern = r"^(.*)\blaunch/(pretrain|benchmark|doctor|verify)\.py (configs/\S+\.yaml)([^#`\n]*)"
+    found = []
+    for before, command, file, after in re.findall(pattern, text, re.MULTILINE):
+        ranks = re.search(r"(?:--nproc-per-node|WORLD_SIZE)[= ](\d+)", before)
+        found.append((ranks[1] if ranks else "1", command, file, [w for w in after.split() if "=" in w and w[0] != "-"]))
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "command", "file", "words"), commands(), ids=lambda part: str(part))
+def test_a_command_of_the_documentation_is_a_run_that_can_start(ranks: str, command: str, file: str, words: list[str]) -> None:
+    layouts = [w for w in words if command == "verify" and "." not in w.partition("=")[0]]
+    config = load_run(ROOT / file, [w for w in words if w not in layouts and w not in TUTORIAL])
+    if command != "doctor" and not layouts:
+        check_layout(config, int(ranks))
+    for layout in layouts:
+        lay_out(config, layout)
+
+
+def test_the_documentation_has_commands() -> None:
+    assert {"pretrain", "benchmark", "doctor", "verify"} == {command for _, command, _, _ in commands()}
+    assert {"1", "2", "4", "8"} <= {ranks for ranks, _, _, _ in commands()}

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from moe_train.data.tokenizer import ByteTokenizer
 from moe_train.errors import UserError
 from moe_train.generate import Predict, Prompt, Sampling, Written, check_cache, choose, generate, with_cache, without_cache
-from moe_train.model.cache import Cache
+from moe_train.model.cache import Cache, Past
 from moe_train.model.decoder import Decoder
 
 SHAPES: list[dict[str, Any]] = [
@@ -147,6 +147,43 @@ def test_a_cache_is_data() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, [x for x in leaves if isinstance(x, Tensor)], strict=True))
     assert digest(model) == state
     assert [{k: id(v) for k, v in vars(m).items()} for m in model.modules()] == attributes
+
+
+@torch.no_grad()
+def test_a_text_goes_on_in_several_ways_in_any_order() -> None:
+    """The first that goes on may use the memory behind what is kept; the others must not."""
+    step, tokens = decode(trained(RECURRENT)), texts()
+    _, cache = step(tokens[:, :5], Cache(torch.zeros(3, dtype=torch.long)))
+    _, cache = step(tokens[:, 5:6], cache)
+    ways = [(tokens[:, 6:7] + i) % 32 for i in range(3)]
+    firsts = [step(way, cache) for way in ways]
+    for way, (_, first) in reversed(list(zip(ways, firsts, strict=True))):
+        logits, _ = step(tokens[:, 7:8], first)
+        _, alone = step(torch.cat([tokens[:, :6], way], 1), Cache(torch.zeros(3, dtype=torch.long)))
+        torch.testing.assert_close(logits, step(tokens[:, 7:8], alone)[0], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_columns_are_copied_when_their_memory_is_full_and_not_with_every_token() -> None:
+    columns, moves = [torch.randn(2, 100, 3)], 0
+    past = Past().extend((columns[0], -columns[0]))
+    for _ in range(300):
+        columns.append(torch.randn(2, 1, 3))
+        before, past = past, past.extend((columns[-1], -columns[-1]))
+        moves += past.seen[0].data_ptr() != before.seen[0].data_ptr()
+        assert torch.equal(before.seen[0], torch.cat(columns[:-1], 1))
+        assert torch.equal(past.seen[1], -torch.cat(columns, 1))
+    assert moves == 2  # with the second token, and when there were 256
+
+
+def test_a_cache_has_gradients_where_they_are_wanted() -> None:
+    one, two, three = (torch.randn(1, 1, 2, requires_grad=True) for _ in range(3))
+    first = Past().extend((one,)).extend((two,))
+    with torch.no_grad():
+        first.extend((three,))
+    first.extend((three,)).seen[0].square().sum().backward()
+    for x in (one, two, three):
+        torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
 @torch.no_grad()

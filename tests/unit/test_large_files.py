@@ -1,22 +1,26 @@
 """A large file that is one document is encoded block by block, and comes out as if it were encoded whole."""
 
 import gzip
+import io
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.data import inputs as module
+from moe_train.data import tokenizer as tokenizers
 from moe_train.data.characters import CharacterTokenizer
 from moe_train.data.indexed import IndexedDataset
 from moe_train.data.inputs import Inputs
 from moe_train.data.prepare import prepare
-from moe_train.data.tokenizer import ByteTokenizer, Tokenizer, train_sentencepiece
+from moe_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from moe_train.data.words import WordTokenizer
 from moe_train.data.writer import DatasetWriter
 from moe_train.errors import UserError
@@ -49,6 +53,43 @@ def test_a_cut_changes_no_id(tokenizer: Tokenizer, parts: list[str], more: str) 
     if at:
         together = np.concatenate([tokenizer.encode(text[:at]), tokenizer.encode(text[at:] + rest)])
         assert together.tolist() == tokenizer.encode(text + rest).tolist()
+
+
+@given(st.lists(st.sampled_from([*WORDS, " ", "\n", "a", "\udcff", "xx"]), max_size=40), st.integers(1, 30))
+@settings(deadline=None, max_examples=150)
+def test_blocks_of_sentencepiece_change_no_id(parts: list[str], size: int) -> None:
+    text = "".join(parts).encode(errors="surrogateescape")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "MERGED_AT_ONCE", 1 << 30)
+        whole = PIECES.encode(text).tolist()
+        patch.setattr(tokenizers, "MERGED_AT_ONCE", size)
+        assert PIECES.encode(text).tolist() == whole
+
+
+def test_blocks_of_sentencepiece_are_the_ids_of_its_own_encode() -> None:
+    text = text_of(5000, seed=3).replace("▁".encode(), b"")
+    calls = []
+    tokenizer = SentencePieceTokenizer.from_bytes(PIECES.content)
+    processor = tokenizer._processor
+    tokenizer._processor = SimpleNamespace(encode=lambda raw, **how: calls.append(raw) or processor.encode(raw, **how))
+    ids = tokenizer.encode(text)
+    assert b"".join(calls) == text
+    assert all(1000 <= len(raw) < 1200 for raw in calls[:-1])
+    assert len(calls) > 10
+    assert ids.tolist() == processor.encode(text.decode())
+
+
+def test_a_unigram_model_is_not_cut() -> None:
+    """Its sums of scores are rounded, and what is decided late in a text depends on what was added before."""
+    text, model = text_of(3000), io.BytesIO()
+    options = {"model_type": "unigram", "vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity"}
+    options |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "minloglevel": 2, "unk_id": 0, "eos_id": 1}
+    lines = iter(text.decode().split("\n"))
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, bos_id=-1, **options)
+    tokenizer = SentencePieceTokenizer.from_bytes(model.getvalue())
+    assert tokenizer.cut(text) == 0
+    plain = text.replace("▁".encode(), b"")
+    assert tokenizer.encode(plain).tolist() == tokenizer._processor.encode(plain.decode())
 
 
 def test_a_cut_is_found_in_common_text() -> None:

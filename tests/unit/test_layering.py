@@ -13,30 +13,33 @@ MAY_IMPORT = {  # part of moe_train -> the parts that it may import; every part 
     "files": set(),
     "patience": set(),
     "config": set(),
-    "cli": {"config", "routers"},
+    "agent": set(),
+    "cli": {"agent", "config", "routers", "yaml_text"},
+    "yaml_text": set(),
     "model": {"config"},
     "routers": {"model", "config"},
-    "parallel": {"model", "config", "flops"},
+    "parallel": {"agent", "model", "config", "flops"},
     "data": set(),
     "optim": {"config", "model"},
     "checkpoint": set(),
     "engine": {"parallel", "optim", "model", "config", "data"},
     "flops": {"config", "model"},
-    "metrics": {"config", "flops", "monitor"},
+    "metrics": {"config", "flops", "monitor", "screen"},
+    "screen": set(),
     "monitor": {"config"},
     "faults": {"checkpoint", "cli", "config", "data", "engine", "evaluate", "model", "parallel"},
     "doctor": {"cli", "config", "data", "flops", "model", "parallel", "train"},
     "plots": {"metrics"},
     "startup": set(),
     "jobs": set(),
-    "stop": {"parallel"},
+    "stop": set(),
     "ranks": set(),
     "verify": {"cli", "config", "data", "engine", "parallel", "ranks", "train"},
     "generate": {"config", "data", "model"},
     "rivals": {"config", "data", "optim", "parallel"},
     "hf": {"checkpoint", "cli", "config", "data", "evaluate", "flops", "model", "parallel", "routers"},
     "upcycle": {"checkpoint", "cli", "config", "evaluate", "hf", "model"},
-    "feed": {"data", "engine"},
+    "feed": {"config", "data", "engine", "parallel"},
     "transfer": {"checkpoint", "config", "engine"},
     "finetune": {"checkpoint", "cli", "config", "data", "engine", "evaluate", "feed", "parallel", "train"},
     "evaluate": {"checkpoint", "cli", "config", "data", "engine", "generate", "model", "parallel"},
@@ -101,3 +104,13 @@ def test_setup_imports_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "moe_train"
+
+
+def test_a_wheel_has_every_file_of_the_packages_and_the_commands(tmp_path: Path) -> None:
+    built = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    done = subprocess.run(built, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    places = {"moe_train": "moe_train", "moe_kernels": "kernels/moe_kernels", "moe_train/launch": "launch"}
+    ours = {f"{name}/{p.relative_to(ROOT / place)}" for name, place in places.items() for p in (ROOT / place).rglob("*.py")}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")} == ours
+    assert "moe_train/launch/pretrain.py" in ours

@@ -1,7 +1,10 @@
 """Preparing data: what goes in comes out, in order, and whatever is wrong with it is one clear line."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +191,43 @@ def test_the_command_from_lines_to_a_dataset_of_pieces(tmp_path):
     assert again.returncode == 0
     for suffix in (".bin", ".idx", ".labels", ".model"):
         assert (tmp_path / f"two{suffix}").read_bytes() == (tmp_path / f"out/d{suffix}").read_bytes()
+
+
+def test_the_command_shows_its_progress_on_a_terminal(tmp_path):
+    """Each frame of the bar says how much is done; the last one says that all is."""
+    total = 3 << 20
+    for i in range(3):  # a part each
+        (tmp_path / f"{i}.txt").write_bytes(b"x" * (total // 3))
+    code = (
+        "import sys\n"
+        "from moe_train.data import prepare\n"
+        "prepare.PART = 1 << 20\n"
+        "sys.path.insert(0, sys.argv.pop(1))\n"
+        "import prepare_data\n"
+        "prepare_data.run(sys.argv[1:])\n"
+    )
+    main, end = pty.openpty()
+    command = [sys.executable, "-c", code, str(ROOT / "launch"), "0.txt", "1.txt", "2.txt", "--output", "d", "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=end, stdout=subprocess.PIPE) as process:
+        os.close(end)
+        shown = read_all(main)
+        assert process.stdout.read().startswith(b"d: 3 documents")
+    assert process.returncode == 0
+    done = re.findall(r"([\d.]+)/([\d.]+|\?) (bytes|MB)", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown))
+    assert done[-1] == ("3.1", "3.1", "MB")
+    assert [float(at) for at, _, _ in done] == sorted(float(at) for at, _, _ in done)
+    assert "━" in shown
+
+
+def read_all(terminal):
+    """What a process writes to a terminal until it ends, which is an error for the reader."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while block := os.read(terminal, 1 << 16):
+            found += block
+    os.close(terminal)
+    return found.decode()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from backports import zstd
 
 from moe_train.data import prepare as module
 from moe_train.data.attack import STOP_WORDS, swap_words
+from moe_train.data.characters import CharacterTokenizer
 from moe_train.data.corpus import read_sources
 from moe_train.data.indexed import IndexedDataset
 from moe_train.data.inputs import Inputs
@@ -227,6 +228,69 @@ def test_lines_of_a_text_are_documents(tmp_path):
     summary = prepare(Inputs([tmp_path / "x.txt"], lines=True), tmp_path / "d", ByteTokenizer())
     assert texts(tmp_path / "d") == [b"one", b" two ", b"three"]
     assert summary.empty == 1
+
+
+class Refuses(ByteTokenizer):
+    """As a tokenizer whose vocabulary lacks a byte."""
+
+    def encode(self, text):
+        if b"\x07" in text:
+            raise UserError("byte 7 is none of the characters")
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("part", [60, 1 << 20])
+def test_what_cannot_be_encoded_is_named_with_its_file_and_line(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(module, "PART", part)
+    monkeypatch.setattr("moe_train.data.inputs.DOCUMENT_BLOCK", 8)
+    write_lines(tmp_path / "a.jsonl", [*lines(3), "", json.dumps({"text": "bell \x07"})])
+    (tmp_path / "b.txt").write_text("fine\n\nbell \x07\n")
+    for name, options, where in (
+        ("a.jsonl", {}, r"a\.jsonl:5: byte 7"),
+        ("a.jsonl", {"swap_words": 0.01}, r"a\.jsonl:5: byte 7"),
+        ("b.txt", {"lines": True}, r"b\.txt:3: byte 7"),
+        ("b.txt", {}, r"b\.txt: byte 7"),
+    ):
+        with pytest.raises(UserError, match=where):
+            prepare(Inputs([tmp_path / name], **options), tmp_path / "d", Refuses())
+
+
+def test_an_error_of_a_worker_names_file_and_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 200)
+    path = write_lines(tmp_path / "x.jsonl", [*lines(30), json.dumps({"text": "é"})])
+    with pytest.raises(UserError, match=r"x\.jsonl:31: byte 0 of a text is b'\\xc3'.* not among the \d+ characters"):
+        prepare(Inputs([path]), tmp_path / "d", CharacterTokenizer(range(128)), workers=2)
+
+
+# What is no text
+
+
+def test_a_folder_with_files_that_are_no_text_is_refused_with_their_names(tmp_path):
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    (data / "a.txt").write_text("text")
+    (data / "sub" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (data / "c.bin").write_bytes(bytes(10))
+    with pytest.raises(UserError, match=r"data: 2 of its files are no text \(.*c\.bin, .*sub/b\.png\); remove them, or name"):
+        prepare(Inputs([data]), tmp_path / "d", ByteTokenizer())
+    prepare(Inputs([data / "c.bin"]), tmp_path / "d", ByteTokenizer())  # whoever names it means it
+    assert texts(tmp_path / "d") == [bytes(10)]
+    (data / "c.bin").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"c\.bin is a Parquet file, no text; convert it"):
+        prepare(Inputs([data / "c.bin"]), tmp_path / "d", ByteTokenizer())
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+def test_json_with_documents_is_not_taken_for_a_text(tmp_path, name):
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    for records in (b'{"text": "a"}\n{"text": "b"}\n', b'[{"text": "a"},\n {"text": "b"}]'):
+        (tmp_path / name).write_bytes(pack(records))
+        with pytest.raises(UserError, match=rf"{name}: holds JSON objects with the field 'text'.*jsonl"):
+            prepare(Inputs([tmp_path / name]), tmp_path / "d", ByteTokenizer())
+    for text in (b'{"other": 1}\n', b"[1, 2]", b"[]", b"{ no json"):
+        (tmp_path / name).write_bytes(pack(text))
+        prepare(Inputs([tmp_path / name]), tmp_path / "d", ByteTokenizer())
+        assert texts(tmp_path / "d") == [text]
 
 
 # The attack

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_kernels import get_backend
 from moe_train import routers
-from moe_train.config import ModelConfig
+from moe_train.config import ModelConfig, RouterConfig
 from moe_train.model.decoder import Decoder
 from moe_train.model.init import initialise
 from moe_train.model.routing import Router, router_class
@@ -208,3 +208,11 @@ def test_after_step_keeps_the_steps_loads() -> None:
 
 def test_registry_names_every_router() -> None:
     assert {"topk", "recurrent"} <= set(routers.registry())
+
+
+def test_a_configuration_without_a_router_is_named() -> None:
+    class Lonely(RouterConfig):
+        name: str
+
+    with pytest.raises(TypeError, match=r"decorate its class with @register\(Lonely\)"):
+        router_class(Lonely(name="lonely"))

@@ -5,7 +5,7 @@ from torch import Tensor
 from moe_kernels import megablocks
 from moe_kernels.checks import check_grouped_mm
 from moe_kernels.grouped_mm.op import define
-from moe_kernels.types import Plan
+from moe_kernels.types import Plan, TileMap
 
 
 def grouped_mm(rows: Tensor, w: Tensor, plan: Plan) -> Tensor:
@@ -31,22 +31,11 @@ def rows_by_rows(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
     return megablocks.gmm(a, b, sizes, trans_a=True)
 
 
-def _forward(
-    rows: Tensor, w: Tensor, offsets: Tensor, expert: Tensor | None, row: Tensor | None, count: Tensor | None, block_rows: int
-) -> Tensor:
+def _forward(rows: Tensor, w: Tensor, offsets: Tensor, tiles: TileMap | None) -> Tensor:
     return rows_by_weights(rows, w.mT, megablocks.group_sizes(offsets))
 
 
-def _backward(
-    grad: Tensor,
-    rows: Tensor,
-    w: Tensor,
-    offsets: Tensor,
-    expert: Tensor | None,
-    row: Tensor | None,
-    count: Tensor | None,
-    block_rows: int,
-) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, rows: Tensor, w: Tensor, offsets: Tensor, tiles: TileMap | None) -> tuple[Tensor, Tensor]:
     sizes = megablocks.group_sizes(offsets)
     return rows_by_weights(grad, w, sizes), rows_by_rows(grad, rows, sizes)
 

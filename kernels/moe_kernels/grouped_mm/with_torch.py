@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_kernels.checks import check_grouped_mm
 from moe_kernels.grouped_mm.op import define
-from moe_kernels.types import Plan
+from moe_kernels.types import Plan, TileMap
 
 
 def grouped_mm(rows: Tensor, w: Tensor, plan: Plan) -> Tensor:
@@ -39,22 +39,11 @@ def rows_by_rows(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return out[:, : a.shape[1], : b.shape[1]].contiguous()
 
 
-def _forward(
-    rows: Tensor, w: Tensor, offsets: Tensor, expert: Tensor | None, row: Tensor | None, count: Tensor | None, block_rows: int
-) -> Tensor:
+def _forward(rows: Tensor, w: Tensor, offsets: Tensor, tiles: TileMap | None) -> Tensor:
     return rows_by_weights(rows, w.mT, offsets)
 
 
-def _backward(
-    grad: Tensor,
-    rows: Tensor,
-    w: Tensor,
-    offsets: Tensor,
-    expert: Tensor | None,
-    row: Tensor | None,
-    count: Tensor | None,
-    block_rows: int,
-) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, rows: Tensor, w: Tensor, offsets: Tensor, tiles: TileMap | None) -> tuple[Tensor, Tensor]:
     return rows_by_weights(grad, w, offsets), rows_by_rows(grad, rows, offsets)
 
 

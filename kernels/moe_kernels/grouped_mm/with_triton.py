@@ -29,7 +29,7 @@ from moe_kernels.types import Plan, TileMap
 def grouped_mm(rows: Tensor, w: Tensor, plan: Plan) -> Tensor:
     """Each expert's rows times its matrix, transposed: rows [M, C], w [E, N, C] -> [M, N]."""
     check_grouped_mm(rows, w, plan)
-    configs.require_supported("grouped_mm", rows)
+    configs.require_supported("grouped_mm", rows, w)
     return _op(rows, w, plan)
 
 
@@ -68,11 +68,13 @@ def rows_outer(
     row_slot = offsets if row_slot is None else row_slot  # never read, but an argument must be a pointer
     config = configs.pick(op, a, b, rows_per_expert=slots / num_experts)
     dw = empty((num_experts, p, q), a.dtype, a.device)
+    if slots == 0:  # a descriptor cannot address a matrix without rows
+        return dw.zero_()
     programs = num_experts * cdiv(p, config.block_m) * cdiv(q, config.block_n)
     constants = _outer_constants(config, num_experts, p, q, gather_a, gather_b)
     a_arg: Any = a
     b_arg: Any = b
-    if config.variant == "tma" and slots > 0:
+    if config.variant == "tma":
         a_arg = a if gather_a else TensorDescriptor.from_tensor(a, [config.block_k, config.block_m])
         b_arg = b if gather_b else TensorDescriptor.from_tensor(b, [config.block_k, config.block_n])
     launch(_rows_outer, programs, config, a_arg, b_arg, row_slot, offsets, dw, **constants)
@@ -105,28 +107,13 @@ def _outer_constants(config: Config, num_experts: int, p: int, q: int, gather_a:
     }  # fmt: skip
 
 
-def _forward(
-    rows: Tensor, w: Tensor, offsets: Tensor, expert: Tensor | None, row: Tensor | None, count: Tensor | None, block_rows: int
-) -> Tensor:
-    return rows_product("down", rows, w, offsets, transposed=True, tiles=_tiles(expert, row, count, block_rows))
+def _forward(rows: Tensor, w: Tensor, offsets: Tensor, tiles: TileMap | None) -> Tensor:
+    return rows_product("down", rows, w, offsets, transposed=True, tiles=tiles)
 
 
-def _backward(
-    grad: Tensor,
-    rows: Tensor,
-    w: Tensor,
-    offsets: Tensor,
-    expert: Tensor | None,
-    row: Tensor | None,
-    count: Tensor | None,
-    block_rows: int,
-) -> tuple[Tensor, Tensor]:
-    grad_rows = rows_product("dxe", grad, w, offsets, transposed=False, tiles=_tiles(expert, row, count, block_rows))
-    return grad_rows, rows_outer("dw1", grad, rows, offsets)
-
-
-def _tiles(expert: Tensor | None, row: Tensor | None, count: Tensor | None, block_rows: int) -> TileMap | None:
-    return None if expert is None or row is None or count is None else TileMap(expert, row, count, block_rows)
+def _backward(grad: Tensor, rows: Tensor, w: Tensor, offsets: Tensor, tiles: TileMap | None) -> tuple[Tensor, Tensor]:
+    grad_rows = rows_product("dxe", grad, w, offsets, transposed=False, tiles=tiles)
+    return grad_rows, rows_outer("dw", grad, rows, offsets)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -415,6 +402,12 @@ _D, _F, _K = FLAGSHIP["D"], FLAGSHIP["F"], FLAGSHIP["K"]
 AOT_CASES = [
     *(_product_case(entry, _D, _F, True) for entry in configs.entries("down")),
     *(_product_case(entry, _D, 2 * _F, False) for entry in configs.entries("dxe")),
+    *(
+        _product_case(entry._replace(op="mm"), 2 * _F, _D, True)
+        for entry in configs.entries("down")
+        if entry.kind != "candidate"
+    ),
+    *(_outer_case(entry, 2 * _F, _D, 0, 0) for entry in configs.entries("dw")),
     *(_outer_case(entry, 2 * _F, _D, 0, _K) for entry in configs.entries("dw1")),
     *(_outer_case(entry, _D, _F, _K, 0) for entry in configs.entries("dw2")),
 ]

@@ -270,7 +270,7 @@ def _run(name: str, kernel: Any, tokens: int, width: int, *args: Any) -> None:
 
 @torch.library.custom_op("moe_kernels::gru_step_triton", mutates_args=())
 def _gru_step(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
-    z, h = z.contiguous(), h.contiguous()
+    z, h, b_ih, b_hh = z.contiguous(), h.contiguous(), b_ih.contiguous(), b_hh.contiguous()
     out = empty(h.shape, h.dtype, h.device)
     _run("forward", _forward, *z.shape, z, h, _operand(w_ih, z), _operand(w_hh, z), b_ih, b_hh, out)
     return out
@@ -290,7 +290,8 @@ def _backward_of_inputs(
     z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz, dh and the gradients of the pre-activations [T, 4P]."""
-    z, h, w_ih, w_hh = z.contiguous(), h.contiguous(), _operand(w_ih, z), _operand(w_hh, z)
+    z, h, b_ih, b_hh = z.contiguous(), h.contiguous(), b_ih.contiguous(), b_hh.contiguous()
+    w_ih, w_hh = _operand(w_ih, z), _operand(w_hh, z)
     tokens, width = z.shape
     gates = empty((tokens, 4 * width), z.dtype, z.device)
     dz, dh = empty(z.shape, z.dtype, z.device), empty(h.shape, h.dtype, h.device)
@@ -317,9 +318,10 @@ def _backward_of_weights(gates: Tensor, z: Tensor, h: Tensor) -> Tensor:
     ranges = cdiv(tokens, span) if tokens else 0
     partials = empty((2, ranges, 3 * width * (width + 1)), torch.float32, z.device)
     grid = (ranges, cdiv(3 * width, constants["BM"]), cdiv(width, constants["BN"]))
-    for hidden, x in enumerate((z, h)):
-        launch(_backward_weights, grid, config, gates, x, partials[hidden], tokens, span, **constants, HIDDEN=bool(hidden))
-    return torch.cat([sum_partials(part, torch.float32) for part in partials])
+    parts = partials.unbind(0)
+    for x, part, hidden in zip((z, h), parts, (False, True), strict=True):
+        launch(_backward_weights, grid, config, gates, x, part, tokens, span, **constants, HIDDEN=hidden)
+    return torch.cat([sum_partials(part, torch.float32) for part in parts])
 
 
 @_backward_of_weights.register_fake

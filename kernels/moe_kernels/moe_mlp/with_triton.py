@@ -34,7 +34,7 @@ _DS = Config(block_m=256, block_n=1, block_k=1, warps=4, stages=1)
 def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     """Each token's weighted sum of its experts' SwiGLU MLPs: [T, D] -> [T, D]."""
     check_moe_mlp(x, w_gate_up, w_down, expert_ids, weights)
-    configs.require_supported("moe_mlp", x)
+    configs.require_supported("moe_mlp", x, w_gate_up)
     return _op(x, w_gate_up, w_down, expert_ids, weights)[0]
 
 
@@ -383,4 +383,14 @@ def _flagship(config: Config) -> dict[str, Any]:
     return _up_constants(config, FLAGSHIP["D"], FLAGSHIP["F"], FLAGSHIP["K"])
 
 
-AOT_CASES = [*map(_up_case, configs.entries("up")), *map(_da_case, configs.entries("da"))]
+def _ds_case(column_tiles: int) -> AotCase:
+    types = {"partial": "*fp32", "slot_row": "*i32", "grad": "*fp32", "slots": "i32"}
+    constants = {"NN": column_tiles, "B": _DS.block_m}
+    return AotCase(f"ds of {column_tiles} tiles", _sum_partials, types, constants, _DS.warps, _DS.stages)
+
+
+AOT_CASES = [
+    *map(_up_case, configs.entries("up")),
+    *map(_da_case, configs.entries("da")),
+    *map(_ds_case, sorted({cdiv(FLAGSHIP["F"], entry.config.block_n) for entry in configs.entries("da")})),
+]

@@ -293,12 +293,13 @@ def _fake_sort(ids: Tensor, num_experts: int, block_rows: int) -> tuple[Tensor, 
 _ops = define("triton", copy_rows, sum_rows, split_rows)
 
 
-def _combine_case(entry: Entry) -> AotCase:
-    kind = "*fp32" if entry.fp32 else "*bf16"
-    types = {"rows": kind, "slot_row": "*i32", "weights": "*fp32", "out": kind, "tokens": "i32"}
+def _combine_case(entry: Entry, weighted: bool) -> AotCase:
+    kind, scale = "*fp32" if entry.fp32 else "*bf16", "*fp32" if weighted else "*i32"
+    types = {"rows": kind, "slot_row": "*i32", "weights": scale, "out": kind, "tokens": "i32"}
     config = entry.config
-    constants = {"D": FLAGSHIP["D"], "K": FLAGSHIP["K"], "BM": config.block_m, "BN": config.block_n, "WEIGHTED": True}
-    return AotCase(entry.label, _sum_rows, types, constants, config.warps, config.stages, entry.archs)
+    constants = {"D": FLAGSHIP["D"], "K": FLAGSHIP["K"], "BM": config.block_m, "BN": config.block_n, "WEIGHTED": weighted}
+    name = entry.label if weighted else entry._replace(op="sum").label
+    return AotCase(name, _sum_rows, types, constants, config.warps, config.stages, entry.archs)
 
 
 def _sort_case(name: str, kernel: Any, pointers: str, scalars: str, **constants: int) -> AotCase:
@@ -335,5 +336,5 @@ AOT_CASES = [
     *_sort_cases(256),
     _sort_case("prefix", _prefix_blocks, "counts totals", "blocks", B=512),
     *_row_cases(),
-    *map(_combine_case, configs.entries("combine")),
+    *(_combine_case(entry, weighted) for entry in configs.entries("combine") for weighted in (True, False)),
 ]

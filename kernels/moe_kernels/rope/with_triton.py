@@ -103,13 +103,14 @@ _POINTERS = {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "y": "*bf16"}
 _INTEGERS = dict.fromkeys(("count", "S", "row_stride", "position_stride", "head_stride"), "i32")
 AOT_CASES = [
     AotCase(
-        name=f"rope d={2 * half} tables per row={per_row}",
+        name=f"rope d={2 * half} tables per row={per_row} sign={sign}",
         kernel=_rotate,
         types=_POINTERS | _INTEGERS,
-        constexprs=_constants(20, half, per_row, 1),
+        constexprs=_constants(20, half, per_row, sign),
         num_warps=_config(half).warps,
         num_stages=_config(half).stages,
     )
     for half in (32, 64)
     for per_row in (False, True)
+    for sign in (1, -1)
 ]

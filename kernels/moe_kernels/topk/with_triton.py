@@ -7,6 +7,7 @@ Backward: one kernel brings the gradients of the weights, the scores and the log
 multiplies it by the weight; the weight's gradient, a reduction over tokens, comes from partial sums of token ranges.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -419,7 +420,24 @@ def _aot_cases(kind: str, width: int, experts: int, k: int, dtype: torch.dtype =
     return found
 
 
+def _other_flags() -> list[AotCase]:
+    """Without renormalisation, and with other gradients than those of the weights, the scores and the logits together."""
+    found, dtype = [], torch.bfloat16
+    for score, renormalize in product(("softmax", "sigmoid"), (True, False)):
+        said = f"{score} renormalize={renormalize}"
+        if not renormalize:
+            constants = _forward_constants(128, 16, dtype, 4, score == "sigmoid", False)
+            found.append(_aot_case(f"table forward {said}", _forward, _forward_config(16, dtype), constants, dtype))
+        for scores, logits in product((True, False), (True, False)):
+            if not (renormalize and scores and logits):
+                constants = _logits_constants(16, 4, score == "sigmoid", renormalize, scores, logits)
+                name = f"table logits {said} scores={scores} logits={logits}"
+                found.append(_aot_case(name, _backward_logits, _logits_config(16), constants, dtype))
+    return found
+
+
 AOT_CASES = [
+    *_other_flags(),
     *_aot_cases("flagship", 128, 16, 4),
     *_aot_cases("flagship", 1280, 16, 4),
     *_aot_cases("table", 128, 16, 4, torch.float32),
