@@ -77,7 +77,7 @@ def _measured(given: Namespace) -> str:
     """Export, and record the peak of memory beside the size of the model. Libraries are not counted: they are imported before."""
     import safetensors
     import torch
-    import transformers
+    import transformers.modeling_utils
 
     from moe_train import benchmark
     from moe_train.hf import exporting

@@ -53,7 +53,8 @@ class DeepSpeedModel(Model):
     def shared_out(self, parameter: nn.Parameter, whole: Tensor) -> DTensor:
         """A whole tensor of a parameter's shape as every layout's checkpoint has it: a part on each rank."""
         if parameter in self.split:
-            return DTensor.from_local(whole, self.layout.experts["ep"], [Shard(0)], run_check=False)
+            # A view into ZeRO's buffer has an offset, and torch 2.13 cannot copy a DTensor with one to the host.
+            return DTensor.from_local(whole.clone(), self.layout.experts["ep"], [Shard(0)], run_check=False)
         mesh, places = self.layout.dense["shard"], [Shard(0)]
         part = distribute_tensor(whole, mesh, places, src_data_rank=None).to_local()
         part = part.clone()  # a view would keep the whole tensor in memory

@@ -59,7 +59,7 @@ def test_no_file_is_mapped_while_transformers_computes(remote_code: bool, tmp_pa
 @pytest.mark.parametrize("words", [[], ["--remote-code"]], ids=["stock", "remote"])
 def test_an_export_takes_little_more_than_the_model(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_models, "_drawn", lambda model: initialise(model, 0) or model)
-    shape = {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_experts": 16, "ffn_hidden_size": 512}
+    shape = {"hidden_size": 512, "num_layers": 12, "num_heads": 8, "num_experts": 16, "ffn_hidden_size": 512}
     write_checkpoint(tmp_path / "native", router=TOPK, **shape)
     call = ["to-hf", tmp_path / "native", tmp_path / "hf", "--memory", tmp_path / "rows.jsonl", *words]
     done = subprocess.run(
@@ -72,7 +72,7 @@ def test_an_export_takes_little_more_than_the_model(words: list[str], tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "rows.jsonl").read_text())
-    assert row["model_bytes"] > 4e8
+    assert row["model_bytes"] > 6e8
     assert 1.0 < row["ratio"] <= MOST
     assert row["ratio"] == row["peak_bytes"] / row["model_bytes"]
     assert f"memory at most {row['ratio']:.2f} x" in done.stdout

@@ -180,6 +180,19 @@ def test_packing_puts_each_example_into_one_row_that_it_fits(lengths: list[int],
     assert sums[-1] <= 20
     if len(sums) > 1:
         assert sums[0] + sums[1] > 20  # two that fit together would have been one: no more than twice the least number of rows
+    assert rows == best_fit(lengths, order, 20)
+
+
+def best_fit(lengths: list[int], order: list[int], size: int) -> list[list[int]]:
+    """Each into the row with the least room that is enough, the first one of equals."""
+    rows: list[list[int]] = []
+    for number in order:
+        room = [size - sum(lengths[other] for other in row) for row in rows]
+        enough = [(left, row) for row, left in enumerate(room) if left >= lengths[number]]
+        if not enough:
+            rows.append([])
+        rows[min(enough)[1] if enough else -1].append(number)
+    return rows
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -374,7 +374,7 @@ def test_bytes_of_targets(tmp_path):
         ({"seq_len": 1}, r"train\.seq_len 1"),
         ({"global_batch_size": 7}, "multiple of"),
         ({"global_batch_size": 0}, "multiple of"),
-        ({"dp_size": 3}, "2 x 3"),
+        ({"dp_size": 3}, "micro_batch_size=2 times 3 data-parallel ranks"),
         ({"micro_batch_size": 0}, "micro_batch_size 0"),
         ({"dp_rank": 2, "dp_size": 2}, "rank 2"),
         ({"vocab_size": 100}, r"model\.vocab_size"),

@@ -140,6 +140,17 @@ def test_a_tensor_that_holds_an_object_is_not_unpickled(tmp_path: Path) -> None:
     assert not sentinel.exists()
 
 
+def test_records_that_nobody_asks_for_are_compared_too(tmp_path: Path) -> None:
+    folder = dcp.save(tmp_path / "c", 3, {**tensors(), "optimizer": {"m": torch.ones(64)}}, {"loader": {}}, {})
+    assert dcp.load(folder, blank())["step"] == 3
+    (moment,) = logical_tensors(folder, "optimizer")
+    shard = folder / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[moment.entry.chunks[0].start + moment.entry.chunks[0].bytes // 2] ^= 1
+    shard.write_bytes(data)
+    assert "optimizer.m, [64] at [0], in __0_0.distcp does not have the SHA-256" in refusal(folder)
+
+
 def place(**changes: Any) -> Callable[[Metadata], Any]:
     return lambda index: [vars(where).update(changes) for where in index.storage_data.values()]
 
