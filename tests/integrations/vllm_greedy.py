@@ -12,7 +12,7 @@ from typing import Any
 LENGTH = 64
 # One process, no memory taken beyond a small cache, no network. vLLM reads these when it is imported.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def main(folder: str, prompt: list[int], ids: int) -> dict[str, Any]:
