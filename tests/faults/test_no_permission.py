@@ -16,7 +16,7 @@ from moe_train.checkpoint import dcp
 from moe_train.checkpoint.manifest import read_manifest
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # prctl(2), capabilities(7)
-STEPS, EVERY = 40, 2
+STEPS, EVERY = 16, 2
 
 
 def obey_permissions() -> None:
@@ -51,7 +51,7 @@ class Run:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="capabilities are Linux's")
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_folder_without_permission_for_a_while(asynchronous: bool, tmp_path: Path) -> None:
     """Each save until then is one line, training goes on, and the next interval saves; nothing half-written stays."""
     words = [*words_for(write_corpus(tmp_path / "text")), "sample.max_tokens=0", "eval.every=0", f"train.steps={STEPS}"]

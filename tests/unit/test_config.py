@@ -113,7 +113,7 @@ def test_all_problems_are_in_one_report() -> None:
         ({"model": {"top_k": 3}}, "did you mean model.router.top_k?"),
         (
             {"model": {"router": {"name": "topk", "router_size": 3}}},
-            "model.router.router_size: unknown key; a key of recurrent, and this router is topk, which has name, top_k",
+            "model.router.router_size: unknown key; a key of mlp, recurrent, xmoe, and this router is topk, which has name, top_k",
         ),
         ({"data": {"train": []}}, "data.train=[]: an empty list names nothing"),
         ({"sft": {"valid": []}}, "sft.valid=[]: an empty list names nothing"),
