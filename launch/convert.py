@@ -57,8 +57,10 @@ def read(words: list[str]) -> Namespace:
 def _convert(given: Namespace) -> str:
     """Do it; a line on what came out."""
     from moe_train.hf import exporting, importing, remote
+    from moe_train.hf.memory import free_at_once
     from moe_train.upcycle import swap_router, upcycle
 
+    free_at_once()
     source = Path(given.source)
     if given.verb == "to-hf" and given.memory is not None:
         return _measured(given)

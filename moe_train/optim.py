@@ -36,12 +36,12 @@ def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimSection, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 1) of `steps`: linear from 0, then a cosine to `min_lr` at the last step."""
+    """Learning rate of optimizer step `step` (from 1) of `steps`: linear from 0, then a cosine to `last_lr` at the last step."""
     warmup = config.warmup(steps)
     if step <= warmup:
         return config.lr * step / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return config.last_lr + (config.lr - config.last_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 @torch.no_grad()

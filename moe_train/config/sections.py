@@ -85,8 +85,8 @@ class OptimSection(Section):
 
     lr: PositiveFloat = 3e-3
     """peak learning rate"""
-    min_lr: NonNegativeFloat = 3e-4
-    """learning rate at the last step"""
+    min_lr: NonNegativeFloat | None = None
+    """learning rate at the last step; default a tenth of lr"""
     warmup_steps: NonNegativeInt | None = None
     """steps of linear warm-up from 0; cosine decay follows; default 100, or what warmup_ratio says"""
     warmup_ratio: Probability | None = None
@@ -102,6 +102,11 @@ class OptimSection(Section):
     clip_norm: PositiveFloat | None = 1.0
     """largest global gradient norm; null = no clipping"""
 
+    @property
+    def last_lr(self) -> float:
+        """Learning rate at the last step."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps`."""
         if self.warmup_ratio is not None:
@@ -111,8 +116,10 @@ class OptimSection(Section):
     def conflicts(self) -> list[Conflict]:
         """Rules of the schedule."""
         found = []
-        if self.min_lr > self.lr:
-            found.append(Conflict("optim.min_lr", self.min_lr, f"must be at most optim.lr={self.lr}", "lower it"))
+        if self.last_lr > self.lr:
+            found.append(
+                Conflict("optim.min_lr", self.min_lr, f"must be at most optim.lr={self.lr}", "lower it, or leave it out")
+            )
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             rule = f"optim.warmup_steps={self.warmup_steps} says how long the warm-up is, too"
             found.append(Conflict("optim.warmup_ratio", self.warmup_ratio, rule, "set one of the two to null"))

@@ -9,10 +9,10 @@ import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from moe_train.data.attack import swap_words
 from moe_train.data.compressed import inner_suffix, is_compressed, reading
@@ -31,8 +31,7 @@ DOCUMENT_BLOCK = 1 << 20  # bytes of a file that is one document, encoded at a t
 Policy = Literal["keep", "replace", "error"]
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text before it is encoded. `valid` is False when it is, or was, no valid UTF-8; `skipped` stands for a wrong line.
 
     Of a large file `text` is the first block, and `rest` reads the others, once, before the next document. `line` counts from the
@@ -106,7 +105,7 @@ class Inputs:
             yield from documents
             return
         for document in documents:
-            yield replace(document, text=swap_words(document.whole(), self.swap_words, self.seed), rest=())
+            yield document._replace(text=swap_words(document.whole(), self.swap_words, self.seed), rest=())
 
     def place(self, piece: Piece, line: int) -> str:
         """Say where a document is, for people: its file, and the line where it is a line."""
@@ -132,7 +131,7 @@ class Inputs:
         if not valid and self.invalid_utf8 == "replace":
             rest = _replaced(chain([text], rest))
             text = next(rest)
-        yield replace(self._checked(text, UNKNOWN_LABEL, valid, str(path)), rest=rest)
+        yield self._checked(text, UNKNOWN_LABEL, valid, str(path))._replace(rest=rest)
 
     def _lines(self, piece: Piece) -> Iterator[Document]:
         parse = self._json if inner_suffix(piece.path) in LINES else self._plain

@@ -1,5 +1,7 @@
 """How much memory a conversion takes, beyond what the process held before."""
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,7 @@ from moe_train.errors import UserError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FORGET_PEAK = "5"  # proc(5)
+M_MMAP_THRESHOLD = -3  # mallopt(3)
 
 
 @contextmanager
@@ -23,6 +26,16 @@ def peak_memory() -> Iterator[dict[str, int]]:
     found = {"base_bytes": _resident("VmRSS")}
     yield found
     found["peak_bytes"] = _resident("VmHWM") - found["base_bytes"]
+
+
+def free_at_once() -> None:
+    """Give tensors back to the system when they are freed, for the rest of the process.
+
+    glibc learns to keep freed blocks of up to 32 MB, whose gaps add up to a third of a model while experts are stacked. Other C
+    libraries are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _resident(key: str) -> int:

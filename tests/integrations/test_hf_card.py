@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 # Router, and how many numbers of a layer's router a token multiplies with; D 32, 4 experts, recurrent routers of 8.
 ROUTERS: dict[str, tuple[list[str], int]] = {
     "topk": (["model.router.name=topk", "model.router.top_k=2"], 32 * 4),
-    "recurrent": (["model.router.top_k=1"], 0),
+    "recurrent": (["model.router.top_k=3"], 0),
 }
 
 

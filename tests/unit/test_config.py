@@ -129,7 +129,7 @@ def test_all_problems_are_in_one_report() -> None:
         ({"model": {"moe_layer_freq": [0, 0, 0, 0]}}, "leaves no block with experts"),
         ({"model": {"moe_layer_freq": 4, "num_dense_layers": 1}}, "model.moe_layer_freq=4: leaves no block with experts"),
         ({"model": {"moe_layer_freq": 0}}, "model.moe_layer_freq=0"),
-        ({"optim": {"lr": 1e-4}}, "optim.min_lr=0.0003: must be at most"),
+        ({"optim": {"lr": 1e-4, "min_lr": 3e-4}}, "optim.min_lr=0.0003: must be at most"),
         ({"kernels": {"backend": "triton"}, "train": {"device": "cpu"}}, "needs CUDA"),
         ({"run": {"dir": "a\0b"}}, "no file can have this name"),
         ({"run": {"dir": "x" * 300}}, "no file can have this name"),

@@ -29,6 +29,13 @@ def test_the_schedule_rises_then_falls_and_never_leaves_its_bounds() -> None:
     assert rates[-1] == pytest.approx(0.1)
 
 
+def test_without_min_lr_a_tenth_is_left() -> None:
+    section = OptimSection(lr=2e-4, warmup_steps=10)
+    assert section.conflicts() == []
+    assert learning_rate(section, 100, 100) == pytest.approx(2e-5)
+    assert learning_rate(OptimSection(lr=2e-4, min_lr=0.0, warmup_steps=10), 100, 100) == 0.0
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (5, 3), (100, 100)])
 def test_short_schedules(warmup: int, steps: int) -> None:
     section = OptimSection(lr=1.0, min_lr=0.1, warmup_steps=warmup)
