@@ -45,10 +45,15 @@ def read(words: list[str]) -> Namespace:
     parser.add_argument(
         "--noise", type=float, default=0.0, help="upcycle: noise on each expert, relative to a matrix's standard deviation"
     )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="how far logits may differ, as a share of the largest (%(default)s)"
+    )
     parser.add_argument("--memory", metavar="FILE", type=Path, help="to-hf: append a row with the peak of memory to this file")
     given = parser.parse_intermixed_args(words)
-    if given.noise < 0:
+    if not given.noise >= 0:
         parser.error("--noise must not be negative")
+    if not 0 <= given.tolerance < 1:
+        parser.error("--tolerance must be at least 0 and below 1")
     if given.verb in ("from-hf", "modeling") and given.overrides:
         parser.error(f"{given.verb} takes no overrides: {given.overrides[0]}")
     return given
@@ -65,11 +70,11 @@ def _convert(given: Namespace) -> str:
     if given.verb == "to-hf" and given.memory is not None:
         return _measured(given)
     if given.verb == "to-hf":
-        return str(exporting.to_hf(source, given.out, given.overrides, given.remote_code))
+        return str(exporting.to_hf(source, given.out, given.overrides, given.remote_code, given.tolerance))
     if given.verb == "from-hf":
-        return str(importing.from_hf(source, given.out, given.tokenizer))
+        return str(importing.from_hf(source, given.out, given.tokenizer, given.tolerance))
     if given.verb == "upcycle":
-        return upcycle(source, given.out, given.overrides, given.noise)
+        return upcycle(source, given.out, given.overrides, given.noise, given.tolerance)
     if given.verb == "swap-router":
         return swap_router(source, given.out, given.overrides)
     return f"{remote.write_modeling(given.source, given.out)} lines"
@@ -86,7 +91,7 @@ def _measured(given: Namespace) -> str:
     from moe_train.hf.memory import peak_memory
 
     with peak_memory() as memory:
-        difference = exporting.to_hf(Path(given.source), given.out, given.overrides, given.remote_code)
+        difference = exporting.to_hf(Path(given.source), given.out, given.overrides, given.remote_code, given.tolerance)
     architecture = json.loads((given.out / "config.json").read_text())["architectures"][0]
     size = sum(file.stat().st_size for file in given.out.glob("*.safetensors"))
     row = {"export": architecture, "model_bytes": size, **memory, "ratio": memory["peak_bytes"] / size}

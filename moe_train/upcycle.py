@@ -22,7 +22,7 @@ from moe_train.cli import load_run, merge, read_override
 from moe_train.config import Config, Conflict
 from moe_train.errors import UserError
 from moe_train.evaluate import CONFIG_FILE
-from moe_train.hf.compare import Difference, compare, real_tokens, require_same
+from moe_train.hf.compare import TOLERANCE, Difference, compare, real_tokens, require_same
 from moe_train.hf.native import Native, empty_decoder, logits_of, new_config, open_native, whole_checkpoint
 from moe_train.model.decoder import Decoder
 from moe_train.model.init import Normal, draw, initialise
@@ -38,7 +38,7 @@ GATE_ROWS = (
 )  # router parameters with a row for each expert
 
 
-def upcycle(source: Path, out: Path, overrides: list[str], noise: float = 0.0) -> str:
+def upcycle(source: Path, out: Path, overrides: list[str], noise: float = 0.0, tolerance: float = TOLERANCE) -> str:
     """Make the checkpoint `out` of `source` with dense MLPs as experts, as `overrides` say; a line on what that changes.
 
     Raises UserError, and writes nothing, where a size does not fit, or the function is not what it was and should be.
@@ -46,7 +46,8 @@ def upcycle(source: Path, out: Path, overrides: list[str], noise: float = 0.0) -
     native, config = _prepare(source, out, overrides, {"name": "topk"})
     slices = _slices(native, config)
     changes = _changes(config, slices, noise)
-    difference = _write(native, config, out, lambda: _upcycled(native, config, slices, noise), None if changes else str(source))
+    same = None if changes else str(source)
+    difference = _write(native, config, out, lambda: _upcycled(native, config, slices, noise), same, tolerance)
     return f"{difference}" + f"; the function changes: {', '.join(changes)}" * bool(changes)
 
 
@@ -59,7 +60,7 @@ def swap_router(source: Path, out: Path, overrides: list[str]) -> str:
     there, here = (_but_router(c) for c in (native.config, config))
     if differ := [f"model.{key}" for key in here if here[key] != there[key]]:
         raise UserError(f"{', '.join(differ)}: swap-router changes the router and model.frozen_experts alone; leave it out")
-    difference = _write(native, config, out, lambda: _swapped(native, config), None)
+    difference = _write(native, config, out, lambda: _swapped(native, config))
     return f"{difference}; a new router changes the function"
 
 
@@ -74,14 +75,21 @@ def _prepare(source: Path, out: Path, overrides: list[str], router: dict[str, An
     return native, new_config(content, native.tokenizer, out)
 
 
-def _write(native: Native, config: Config, out: Path, make: Callable[[], Decoder], same: str | None) -> Difference:
+def _write(
+    native: Native,
+    config: Config,
+    out: Path,
+    make: Callable[[], Decoder],
+    same: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> Difference:
     """Write what `make` gives and compare its logits with the source's; `same` names a source that must have the same."""
     tokens = real_tokens(native.tokenizer, config.model.vocab_size or 0, config.train.seq_len)
     before = logits_of(native.build(), tokens)
     with whole_checkpoint(out, config, native.tokenizer, make) as written:
         difference = compare(before, logits_of(open_native(written).build(), tokens))
         if same is not None:
-            require_same(difference, f"{same} and what was made of it")
+            require_same(difference, f"{same} and what was made of it", tolerance)
     return difference
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_train.config import ModelConfig
 from moe_train.hf import remote
 from moe_train.hf.card import model_card
-from moe_train.hf.compare import Difference, compare, real_text, real_tokens, require_same, their_logits
+from moe_train.hf.compare import TOLERANCE, Difference, compare, real_text, real_tokens, require_same, their_logits
 from moe_train.hf.folders import whole_folder
 from moe_train.hf.native import Native, empty_decoder, logits_of, open_native
 from moe_train.hf.shards import write_shards
@@ -23,11 +23,18 @@ from moe_train.hf.tokenizer_files import write_tokenizer
 CARD_FILE = "README.md"
 
 
-def to_hf(source: Path, out: Path, overrides: list[str] | tuple[str, ...] = (), remote_code: bool = False) -> Difference:
+def to_hf(
+    source: Path,
+    out: Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    remote_code: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Difference:
     """Export checkpoint `source` (or the newest of that run) to `out`, and return how far its logits are from ours.
 
     Top-k models become an architecture of transformers where one computes the same; other routers, and with `remote_code` those
-    too, bring a modeling file. Raises UserError, and writes nothing, where neither can be, or the logits differ.
+    too, bring a modeling file. Raises UserError, and writes nothing, where neither can be, or the logits differ by
+    more than `tolerance` of the largest.
     """
     native = open_native(source, overrides)
     model = native.config.model
@@ -43,7 +50,7 @@ def to_hf(source: Path, out: Path, overrides: list[str] | tuple[str, ...] = (), 
         write_tokenizer(native.tokenizer, folder, real_text())
         name = stock.class_name if stock else remote.CLASS
         difference = compare(ours, their_logits(folder, json.loads((folder / "config.json").read_text()), tokens))
-        require_same(difference, f"{native.path} and its export")
+        require_same(difference, f"{native.path} and its export", tolerance)
         card = model_card(native, parameters, name, stock is None, out.name, str(difference))
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return difference

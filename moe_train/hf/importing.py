@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_train.config import Config
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
-from moe_train.hf.compare import Difference, compare, real_tokens, require_same, their_logits
+from moe_train.hf.compare import TOLERANCE, Difference, compare, real_tokens, require_same, their_logits
 from moe_train.hf.native import empty_decoder, logits_of, new_config, open_native, whole_checkpoint
 from moe_train.hf.remote import PREFIX, check_exportable
 from moe_train.hf.shards import find_tensors, read_shapes, read_tensor, tensor_files
@@ -22,11 +22,12 @@ from moe_train.model.decoder import Decoder
 from moe_train.model.init import Initial, draw
 
 
-def from_hf(source: Path, out: Path, tokenizer: str | None = None) -> Difference:
+def from_hf(source: Path, out: Path, tokenizer: str | None = None, tolerance: float = TOLERANCE) -> Difference:
     """Import the folder `source`, one of a known architecture or one that `to_hf` wrote, as the checkpoint `out` of step 0.
 
     `tokenizer`: `bytes` or a file, where the folder's cannot be read. Returns how far the logits are from transformers'. Raises
-    UserError, and writes nothing, where something has no counterpart here, or the logits differ.
+    UserError, and writes nothing, where something has no counterpart here, or the logits differ by more than
+    `tolerance` of the largest.
     """
     settings = read_settings(source)
     found = read_tokenizer(source, tokenizer)
@@ -38,7 +39,7 @@ def from_hf(source: Path, out: Path, tokenizer: str | None = None) -> Difference
     with whole_checkpoint(out, config, found, lambda: read_tensors(source, stock, config)) as written:
         ours = logits_of(open_native(written).build(), tokens)
         difference = compare(ours, theirs)
-        require_same(difference, f"{source} and its import")
+        require_same(difference, f"{source} and its import", tolerance)
     return difference
 
 

@@ -100,7 +100,7 @@ def greedy(native: Native, ours: Any, prompt: Tensor) -> list[int]:
 @torch.no_grad()
 def test_logits_and_greedy_text_are_ours(export: Export) -> None:
     tokens = some_tokens()
-    assert export.difference.same
+    assert export.difference.within()
     assert type(export.theirs).__name__ in (*STOCK, remote.CLASS)
     assert_close(logits_of(export.ours, tokens), export.theirs(input_ids=tokens).logits)
     prompt = tokens[:1, :8]
@@ -126,7 +126,7 @@ def test_save_pretrained_gives_the_same_folder(export: Export, tmp_path: Path) -
 
 
 def test_comes_back_bitwise(export: Export, tmp_path: Path) -> None:
-    assert from_hf(export.folder, tmp_path / "back").same
+    assert from_hf(export.folder, tmp_path / "back").within()
     back = open_native(tmp_path / "back")
     assert back.config.model == export.native.config.model.model_copy(update=_rounded(export, back))
     assert back.tensors.keys() == export.native.tensors.keys()
@@ -308,7 +308,7 @@ def test_their_models_come_and_go_bitwise(stock: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tokenizer"):
         from_hf(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-    assert from_hf(tmp_path / "theirs", tmp_path / "ours", "bytes").same
+    assert from_hf(tmp_path / "theirs", tmp_path / "ours", "bytes").within()
     to_hf(tmp_path / "ours", tmp_path / "again")
     before, after = find_tensors(tmp_path / "theirs"), find_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -343,6 +343,7 @@ def test_an_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"largest difference of logits .* nothing was written"):
         to_hf(native.path, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["native"]
+    assert not to_hf(native.path, tmp_path / "out", tolerance=0.9).within()
 
 
 def test_an_import_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
