@@ -53,6 +53,7 @@ def _rank(rank: int, size: int, folder: str, patience: float, function: Callable
     try:
         store = dist.FileStore(f"{folder}/store", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience))
+        dist.barrier()  # one that has nothing to say to the others must not end before they have connected
         outcome = (True, function(*args))
     except UserError as error:
         outcome = (False, error)

@@ -1,6 +1,7 @@
 """Signals that arrive more than once for one request, as they do under SLURM and torchrun."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,6 +28,15 @@ def test_one_rank_that_was_asked_is_enough_and_stopping_wins() -> None:
         assert agreed([sum(pair) for pair in zip(quiet.votes(), other.votes(), strict=True)]) is Request.STOP
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own SIGINT, which a process that a shell put into the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_sigint_after_a_request_ends_the_run_at_once(first: int) -> None:
     with StopRequest():
