@@ -55,8 +55,10 @@ def start_world(config: Config) -> World:
             store = fresh_store(part_of(shared, os.environ["TORCHELASTIC_RUN_ID"]), rank, size, timeout)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         else:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = open_store(host, port, timeout, "MASTER_ADDR", alone, holder=rank == 0)
+            host, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "")
+            if not port.isdecimal():
+                raise UserError(f"MASTER_PORT={port}: ranks at MASTER_ADDR={host} need its port, too; set it, or use torchrun")
+            store = open_store(host, int(port), timeout, "MASTER_ADDR", alone, holder=rank == 0)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     reason = f"{size} rank(s) on {device.type} ({why}) over {dist.get_backend()}, compute in {str(dtype)[6:]} ({numbers})"
     return World(rank, size, device, dtype, reason)

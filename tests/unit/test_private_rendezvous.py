@@ -7,6 +7,7 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
 from moe_train.agent import tell_mistake
+from moe_train.cli import parse
 from moe_train.errors import UserError
 from moe_train.parallel import mesh
 from moe_train.parallel.listening import open_store
@@ -118,3 +119,11 @@ def test_whether_ranks_of_other_machines_have_to_connect(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert mesh._on_one_machine(4) is alone
+
+
+@pytest.mark.parametrize("port", ["", "http"])
+def test_an_address_without_a_port_is_refused(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"MASTER_PORT={port}: ranks at MASTER_ADDR=127.0.0.1"):
+        mesh.start_world(parse({"train": {"device": "cpu"}}, "test"))
