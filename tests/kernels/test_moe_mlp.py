@@ -26,6 +26,9 @@ SHAPES = [  # T, E, K, D, F, routing
     (70, 4, 2, 72, 40, "duplicates"),
     (130, 4, 1, 64, 40, "one"),
     (20, 6, 2, 40, 8, "none"),
+    (7, 2, 1, 1280, 24, "uniform"),
+    (7, 2, 1, 24, 1280, "uniform"),
+    pytest.param((7, 3, 2, 1280, 448, "uniform"), marks=pytest.mark.slow),  # the flagship's matrices
 ]
 NAMES = ("out", "grad x", "grad w_gate_up", "grad w_down", "grad weights")
 
