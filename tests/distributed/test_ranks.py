@@ -19,7 +19,11 @@ def tiny(prefix: str, **sections: dict) -> dict:
         "data": {"train": prefix, "valid": prefix, "test": prefix},
         "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_len": 32, "device": "cpu"},
         "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "kernels": {"backend": "torch"},
     }
+    # In fp32 the rounding of a sum in another order sends a token that is nearly torn between two experts the other way, once in
+    # so many steps (2e-5 of a loss was seen); in fp64 there is no such excuse.
+    content["train"]["dtype"] = "fp64"
     for name, section in sections.items():
         content[name] = {**content.get(name, {}), **section}
     return content
@@ -70,7 +74,7 @@ def one_rank(contents: list[dict]) -> list[list[float]]:
 def test_ranks_do_not_change_losses(size: int, contents: list[dict], one_rank: list[list[float]]) -> None:
     for found in run_ranks(size, all_losses, contents):
         for content, expected, actual in zip(contents, one_rank, found, strict=True):
-            assert actual == pytest.approx(expected, rel=1e-5), content["model"]["router"]
+            assert actual == pytest.approx(expected, rel=1e-10), content["model"]["router"]
 
 
 def test_training_lowers_the_loss(one_rank: list[list[float]]) -> None:
