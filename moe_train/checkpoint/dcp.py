@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -30,6 +30,7 @@ from moe_train.checkpoint.manifest import (
     DTYPES,
     MANIFEST_FILE,
     PREFIX,
+    Chunk,
     Entry,
     Manifest,
     check_cover,
@@ -42,10 +43,11 @@ from moe_train.checkpoint.manifest import (
     read_manifest,
     seal,
 )
-from moe_train.checkpoint.reader import INDEX_FILE, CheckpointReader, TensorPlanner, entries_of
+from moe_train.checkpoint.reader import CheckpointReader, TensorPlanner
 from moe_train.errors import UserError
 from moe_train.files import cannot_write, fsync_file, fsync_folder, write_atomically
 
+INDEX_FILE = ".metadata"  # torch's, for other readers of its format
 TEMPORARY = ".tmp-"
 
 Group = dist.ProcessGroup | None  # None = all ranks
@@ -81,7 +83,7 @@ def save(
         parts: list[Digests] | None = [{}] * dist.get_world_size(group) if dist.get_rank() == 0 else None
         dist.gather_object(writer.digests, parts, group=group)
         digests = {record: sha256 for part in parts or () for record, sha256 in part.items()}
-        on_main(lambda: _publish(work, final, files, {"step": step, **state}, entries_of(index, digests)), group)
+        on_main(lambda: _publish(work, final, files, {"step": step, **state}, _entries(index, digests)), group)
     except BaseException as error:
         if dist.get_rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -204,6 +206,20 @@ def _save_shards(tensors: dict[str, Any], writer: _Writer, planner: SavePlanner,
             if isinstance(failure, OSError | UserError):
                 raise failure from error
         raise RuntimeError(str(error)) from error
+
+
+def _entries(index: Metadata, digests: Digests) -> dict[str, Entry]:
+    """What the manifest says of the tensors that torch's index lists."""
+    found = {}
+    for name, tensor in index.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)  # as planned
+        chunks = []
+        for chunk in tensor.chunks:
+            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
+            record = (place.relative_path, place.offset, place.length)
+            chunks.append(Chunk(*_box(chunk), *record, digests[record[:2]]))
+        found[name] = Entry(list(tensor.size), str(tensor.properties.dtype)[6:], chunks)
+    return found
 
 
 def _prepare(work: Path) -> None:

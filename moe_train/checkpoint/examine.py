@@ -8,7 +8,6 @@ from typing import Any
 from moe_train.checkpoint import dcp
 from moe_train.checkpoint.logical import LogicalTensor, logical_tensors
 from moe_train.checkpoint.manifest import MANIFEST_FILE, damaged, damaged_chunks, damaged_files, parse_manifest, read_manifest
-from moe_train.checkpoint.reader import INDEX_FILE, read_index
 from moe_train.errors import UserError
 
 SECTIONS = ("model", "optimizer", "memory")
@@ -17,7 +16,7 @@ PIECE = 1 << 22  # numbers that are compared at a time
 
 def found_in(path: Path) -> list[Path]:
     """The checkpoints at `path`: itself, or those of a run folder or of its `checkpoints`. Raises UserError where there is none."""
-    if any((path / name).is_file() for name in (MANIFEST_FILE, INDEX_FILE)):
+    if any((path / name).is_file() for name in (MANIFEST_FILE, dcp.INDEX_FILE)):
         return [path]
     if found := dcp.checkpoints(path / "checkpoints") or dcp.checkpoints(path):
         return found
@@ -36,13 +35,7 @@ def problems(path: Path, content: bool = True) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    wrong = list(damaged_files(path, manifest))
-    yield from (str(damaged(path, problem)) for problem in wrong)
-    if not any(problem.startswith(INDEX_FILE) for problem in wrong):
-        try:
-            read_index(path, manifest["tensors"])
-        except UserError as error:
-            yield str(error)
+    yield from (str(damaged(path, problem)) for problem in damaged_files(path, manifest))
     if content:
         chunks = [(name, chunk) for name, entry in manifest["tensors"].items() for chunk in entry.chunks]
         yield from (str(damaged(path, problem)) for problem in damaged_chunks(path, chunks))

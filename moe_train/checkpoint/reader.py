@@ -1,15 +1,13 @@
 """Reading a checkpoint that anybody may have written: nothing in it runs as code, and nothing outside of it is read.
 
-torch.distributed.checkpoint keeps its index, `.metadata`, as a pickle, and unpickles whatever in the shards is no tensor. A pickle
-is a program. Here the index may build the classes of an index from few instructions and nothing else, it must say what the manifest
-says, which is JSON, and what is no tensor is refused. Tensors are read by torch.load with `weights_only`.
+torch.distributed.checkpoint keeps its index, `.metadata`, as a pickle, and a pickle is a program. The manifest, which is JSON, says
+all that the index says, so the index is made from it, and `.metadata` is there for other readers: here it is hashed, never opened as
+a pickle. What is no tensor is refused, and tensors are read by torch.load with `weights_only`.
 """
 
-import io
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +17,19 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
-from torch.serialization import _get_layout
 
 from moe_train.checkpoint.manifest import (
     DTYPES,
     MANIFEST_FILE,
-    Chunk,
     Entry,
     check_nothing_else,
     check_present,
@@ -45,66 +39,17 @@ from moe_train.checkpoint.manifest import (
     in_threads,
 )
 from moe_train.checkpoint.records import read_record
-from moe_train.errors import UserError
 
-INDEX_FILE = ".metadata"
 Place = tuple[str, int]  # file and first byte of a record
-
-_RECORDS = (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-    _StorageInfo,
-)
-_CALLABLES: tuple[Callable[..., Any], ...] = (*_RECORDS, _MEM_FORMAT_ENCODING, PosixPath, torch.Size, _get_layout)
-# Names as a pickle has them; Python 3.13 moved PosixPath.
-_NAMES: dict[tuple[str, str], Any] = {(made.__module__, made.__qualname__): made for made in _CALLABLES}
-_NAMES |= {(module, "PosixPath"): PosixPath for module in ("pathlib", "pathlib._local")}
-_NAMES |= {("torch", str(dtype)[6:]): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-
-_ALL_INSTRUCTIONS = pickle._Unpickler.dispatch
-# What protocols 4 and 5 need for these. LONG_BINPUT, BYTEARRAY8 and the like would let a few bytes ask for gigabytes.
-_INSTRUCTIONS = (
-    pickle.PROTO + pickle.FRAME + pickle.STOP + pickle.MARK + pickle.MEMOIZE + pickle.BINGET + pickle.LONG_BINGET
-    + pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1
-    + pickle.SHORT_BINUNICODE + pickle.BINUNICODE + pickle.STACK_GLOBAL + pickle.REDUCE + pickle.NEWOBJ
-    + pickle.EMPTY_TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.TUPLE
-    + pickle.EMPTY_LIST + pickle.APPEND + pickle.APPENDS + pickle.EMPTY_DICT + pickle.SETITEM + pickle.SETITEMS
-)  # fmt: skip
-
-
-class _IndexUnpickler(pickle._Unpickler):
-    """The standard library's unpickler in Python, whose table of instructions can be cut, unlike the one in C."""
-
-    stack: list[Any]
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NAMES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of an index")
-        return _NAMES[module, name]
-
-    def load_build(self: Any) -> None:
-        if type(self.stack[-2]) not in _RECORDS:  # of a class itself, it would set attributes
-            raise pickle.UnpicklingError("it changes what is no record of an index")
-        _ALL_INSTRUCTIONS[pickle.BUILD[0]](self)
-
-    dispatch = {code: _ALL_INSTRUCTIONS[code] for code in _INSTRUCTIONS} | {pickle.BUILD[0]: load_build}
 
 
 class CheckpointReader(FileSystemReader):
-    """The shards in a folder, of which the manifest lists `tensors`. Every record is compared with its SHA-256, whoever reads it.
-
-    Raises UserError where the index cannot be read, asks for what is no part of an index, or is not that of the manifest.
-    """
+    """The shards in a folder, of which the manifest lists `tensors`. Every record is compared with its SHA-256, whoever reads it."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Entry]) -> None:
         super().__init__(path)
         self._folder = path
-        self._index = read_index(path, tensors)
+        self._index = index_of(tensors)
         self._records = {
             (chunk.file, chunk.start): (name, chunk, DTYPES[entry.dtype])
             for name, entry in tensors.items()
@@ -112,7 +57,7 @@ class CheckpointReader(FileSystemReader):
         }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, which was read and checked on opening."""
+        """The index, from the manifest."""
         return self._index
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -177,46 +122,13 @@ class TensorPlanner(DefaultLoadPlanner):
         return super().create_global_plan(global_plan)
 
 
-def read_index(path: Path, tensors: Mapping[str, Entry]) -> Metadata:
-    """Read `path/.metadata`, torch's index of the shards. Raises UserError unless it says what the manifest says of `tensors`."""
-    file = path / INDEX_FILE
-    try:
-        index = _IndexUnpickler(io.BytesIO(file.read_bytes())).load()
-        if type(index) is not Metadata:
-            raise ValueError(f"it holds a {type(index).__name__}")
-        _compare(entries_of(index, {}), tensors)
-    except Exception as error:  # a damaged pickle raises anything
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{file}: not the index of a checkpoint, or damaged: {reason}; use another checkpoint") from None
-    return index
-
-
-def entries_of(index: Metadata, digests: Mapping[tuple[str, int], str]) -> dict[str, Entry]:
-    """What the manifest says of the tensors of an index. `digests`: (file, start) -> SHA-256 of a record.
-
-    Raises ValueError where it holds what is no tensor, or records that are encoded.
-    """
-    found = {}
-    for name, tensor in index.state_dict_metadata.items():
-        if isinstance(tensor, BytesStorageMetadata):
-            raise ValueError(f"{name} is no tensor, and only tensors are read")
-        chunks = []
-        for chunk in tensor.chunks:
-            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
-            if place.transform_descriptors:
-                raise ValueError(f"{name} is encoded by {place.transform_descriptors!r}, which this code does not read")
-            sha256 = digests.get((place.relative_path, place.offset), "")
-            record = (place.relative_path, place.offset, place.length, sha256)
-            chunks.append(Chunk(list(chunk.offsets), list(chunk.sizes), *record))
-        found[name] = Entry(list(tensor.size), str(tensor.properties.dtype)[6:], chunks)
-    return found
-
-
-def _compare(index: Mapping[str, Entry], manifest: Mapping[str, Entry]) -> None:
-    """Raise ValueError unless an index says what the manifest says, but for the digests, which it does not have."""
-    check_present(manifest, index, INDEX_FILE)
-    check_nothing_else(manifest, index, INDEX_FILE)
-    for name, entry in index.items():
-        there, said = (sorted(chunk[:5] for chunk in chunks) for chunks in (entry.chunks, manifest[name].chunks))
-        if there != said:
-            raise ValueError(f"the chunks of {name} are not those in {MANIFEST_FILE}")
+def index_of(tensors: Mapping[str, Entry]) -> Metadata:
+    """torch's index of the tensors of a manifest."""
+    listed: dict[str, STORAGE_TYPES] = {}
+    places = {}
+    for name, entry in tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in entry.chunks]
+        listed[name] = TensorStorageMetadata(TensorProperties(DTYPES[entry.dtype]), torch.Size(entry.shape), chunks)
+        for number, (chunk, box) in enumerate(zip(entry.chunks, chunks, strict=True)):
+            places[MetadataIndex(name, box.offsets, number)] = _StorageInfo(chunk.file, chunk.start, chunk.bytes)
+    return Metadata(listed, storage_data=places)
