@@ -23,8 +23,8 @@ from moe_train.flops import count_flops, matmul_rate
 from moe_train.metrics import router_health
 from moe_train.parallel.mesh import World, start_world
 from moe_train.parallel.traffic import Traffic
+from moe_train.pretraining import data_loader, settle_vocabulary
 from moe_train.rivals import Steps, load_rival
-from moe_train.train import data_loader, settle_vocabulary
 
 
 class RandomRows:

@@ -20,7 +20,7 @@ from moe_train.data.inputs import Inputs
 from moe_train.data.prepare import prepare
 from moe_train.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from moe_train.parallel.mesh import start_world
-from moe_train.train import data_loader, settle_vocabulary
+from moe_train.pretraining import data_loader, settle_vocabulary
 
 PAIRS = 5
 

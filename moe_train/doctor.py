@@ -27,7 +27,7 @@ from moe_train.files import cannot_write, temporary_beside
 from moe_train.flops import measured_matmul_rate
 from moe_train.model.decoder import Decoder
 from moe_train.parallel.mesh import World, start_world
-from moe_train.train import settle_vocabulary
+from moe_train.pretraining import settle_vocabulary
 
 OLDEST = {"torch": (2, 11), "numpy": (1, 26), "pydantic": (2, 10), "safetensors": (0, 5), "sentencepiece": (0, 2)}
 PROBE_BYTES = 64 << 20  # written to the disk, and reduced on CUDA (a quarter of it on CPU)

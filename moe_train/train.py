@@ -8,7 +8,6 @@ Nothing is written before it is clear that the run can start.
 import contextlib
 import errno
 import logging
-import math
 import os
 import time
 import traceback
@@ -24,18 +23,17 @@ from moe_train.checkpoint.manifest import read_manifest
 from moe_train.checkpoint.rng import RNG_FILE, restore_rng, rng_state
 from moe_train.checkpoint.saver import Saver
 from moe_train.cli import dump, load_run
-from moe_train.config import Config, DataSection
-from moe_train.data.corpus import build_default_corpus
-from moe_train.data.loader import EvalRows, Loader, StepBatch
-from moe_train.data.tokenizer import Tokenizer, load_tokenizer
+from moe_train.config import Config
+from moe_train.data.loader import StepBatch
+from moe_train.data.tokenizer import Tokenizer
 from moe_train.engine.base import StepResult
 from moe_train.engine.choose import make_engine
 from moe_train.errors import UserError
-from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, byte_lengths, report
+from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE
 from moe_train.faults.guard import Guard
 from moe_train.faults.stragglers import Stragglers
 from moe_train.faults.watchdog import Watchdog
-from moe_train.feed import Feed, Followed, Rows, batch_sizes
+from moe_train.feed import Feed, Followed, Rows
 from moe_train.files import cannot_write, write_atomically
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.generate import Prompt, Sampling, cache_conflicts, generate, with_cache, without_cache
@@ -44,12 +42,10 @@ from moe_train.metrics import RunLog, Throughput, router_health
 from moe_train.optim import learning_rate
 from moe_train.parallel.mesh import World, start_world
 from moe_train.parallel.watch import RankFailure, Watch
+from moe_train.pretraining import pretraining, settle_vocabulary
 from moe_train.startup import Startup
 from moe_train.stop import Request, StopRequest, agreed
 from moe_train.transfer import take_weights
-
-DEFAULT_CORPUS = Path("data/stdlib")
-VOCAB_MULTIPLE = 64
 
 log = logging.getLogger(__name__)
 
@@ -97,76 +93,6 @@ def settle(config: Config, name: str) -> Config:
     folder = [config.run.dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(folder)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder[0]})})
-
-
-def pretraining(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Config, Feed]:
-    """Corpora, the default one where none is named, judged by the loss of every token."""
-    if config.sft.train is not None:
-        raise UserError(
-            f"sft.train={config.sft.train}: only launch/sft.py trains on examples; leave it out, or use that command"
-        )
-    config = config.model_copy(update={"data": settle_corpus(config, world)})
-    lengths = byte_lengths(tokenizer)
-    feed = Feed(
-        data_loader(config, world, tokenizer),
-        eval_rows(config, world, tokenizer, "valid", config.eval.max_rows),
-        {split: eval_rows(config, world, tokenizer, split) for split in ("valid", "test")},
-        lambda engine, rows: report(engine.evaluate(rows, lengths)),
-    )
-    return config, feed
-
-
-def settle_corpus(config: Config, world: World) -> DataSection:
-    """The data section with the default corpus where it names none. The same on every rank."""
-    data = config.data
-    if None not in (data.train, data.valid, data.test):
-        return data
-    if world.main:
-        build_default_corpus(DEFAULT_CORPUS, data.tokenizer)
-    dist.barrier()
-    prefixes = build_default_corpus(DEFAULT_CORPUS, data.tokenizer)
-    splits = {split: getattr(data, split) or str(prefixes[split]) for split in ("train", "valid", "test")}
-    return data.model_copy(update=splits)
-
-
-def settle_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
-    """The config with `model.vocab_size` set, and the tokenizer. A size that is given may be larger than the tokenizer's."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    multiple = math.lcm(VOCAB_MULTIPLE, config.parallel.tp)
-    vocab = config.model.vocab_size or -(-tokenizer.vocab_size // multiple) * multiple
-    if vocab < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size={vocab}: smaller than the {tokenizer.vocab_size} ids of tokenizer {config.data.tokenizer}; "
-            "raise it, or leave it out"
-        )
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab})}), tokenizer
-
-
-def data_loader(config: Config, world: World, tokenizer: Tokenizer) -> Loader:
-    """This rank's training batches."""
-    assert config.data.train is not None  # settle_corpus() fills it in
-    return Loader(
-        config.data.train,
-        **batch_sizes(config, world),
-        global_batch_size=config.train.global_batch_size,
-        seed=config.run.seed,
-        vocab_size=config.model.vocab_size,
-        tokenizer=tokenizer,
-        weights=config.data.weights,
-        contiguous=config.data.order == "contiguous",
-    )
-
-
-def eval_rows(config: Config, world: World, tokenizer: Tokenizer, split: str, max_rows: int | None = None) -> EvalRows:
-    """This rank's rows of `valid` or `test`."""
-    return EvalRows(
-        getattr(config.data, split),
-        **batch_sizes(config, world),
-        max_rows=max_rows,
-        vocab_size=config.model.vocab_size,
-        tokenizer=tokenizer,
-        streams=config.train.global_batch_size if config.train.memory else None,
-    )
 
 
 def check_model(path: Path, config: Config) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from moe_train.checkpoint import dcp
 from moe_train.checkpoint.manifest import Manifest, read_manifest
 from moe_train.config import ModelConfig
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 
 HEAD = "head."
 

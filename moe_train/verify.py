@@ -25,8 +25,8 @@ from moe_train.data.corpus import build_default_corpus
 from moe_train.engine.choose import make_engine
 from moe_train.errors import UserError
 from moe_train.parallel.mesh import start_world
+from moe_train.pretraining import DEFAULT_CORPUS, data_loader, settle_vocabulary
 from moe_train.ranks import run_ranks
-from moe_train.train import DEFAULT_CORPUS, data_loader, settle_vocabulary
 
 STEPS = 3
 EPS = 1e-3

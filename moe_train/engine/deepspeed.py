@@ -20,7 +20,8 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from moe_train.config import Config
 from moe_train.config.deepspeed import read_options
-from moe_train.engine.native import Model, NativeEngine
+from moe_train.engine.model import Model
+from moe_train.engine.native import NativeEngine
 from moe_train.engine.zero import MOMENTS, Partitions
 from moe_train.errors import UserError
 from moe_train.model.decoder import Output

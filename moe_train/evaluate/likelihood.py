@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.config import Config, Conflict
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 from moe_train.errors import UserError
 from moe_train.parallel.mesh import data_place
 

@@ -8,7 +8,7 @@ from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli import load_run
 from moe_train.config import Config
 from moe_train.data.tokenizer import Tokenizer, load_tokenizer
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 from moe_train.errors import UserError
 from moe_train.parallel.mesh import World, start_world
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from moe_train.checkpoint import dcp
 from moe_train.cli import merge, parse, read_override
 from moe_train.config import Config
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 from moe_train.errors import UserError
 from moe_train.evaluate import PLAIN
 from moe_train.faults.bundle import Bundle, load

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_train.data.loader import MicroBatch
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 
 
 @torch.no_grad()

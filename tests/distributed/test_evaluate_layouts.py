@@ -12,7 +12,7 @@ from moe_train import verify
 from moe_train.checkpoint import dcp
 from moe_train.cli import dump, parse
 from moe_train.data.tokenizer import ByteTokenizer
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 from moe_train.evaluate import CONFIG_FILE, TOKENIZER_FILE, restore
 from moe_train.evaluate.likelihood import Pair, likelihoods
 from moe_train.evaluate.text import Reading, evaluate_text

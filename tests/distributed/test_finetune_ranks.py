@@ -43,7 +43,7 @@ def figures(content: dict[str, Any]) -> list[Any]:
     from moe_train.engine.native import NativeEngine
     from moe_train.finetune.task import fine_tuning
     from moe_train.parallel.mesh import start_world
-    from moe_train.train import settle_vocabulary
+    from moe_train.pretraining import settle_vocabulary
 
     config = parse(content, "test")
     world = start_world(config)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_train import verify
 from moe_train.cli import parse
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 from moe_train.parallel.mesh import start_world
 
 RUN = tiny({"name": "topk"}, {"model": {"num_experts": 8, "num_layers": 2}})

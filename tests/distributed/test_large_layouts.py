@@ -102,7 +102,7 @@ def describe(path: str, words: list[str], world_size: int, rank: int) -> dict[st
     """What `rank` of `world_size` holds of a run. Only a fresh process may call this: the process group is a fake."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from moe_train.engine.native import Model
+    from moe_train.engine.model import Model
     from moe_train.parallel.mesh import World
 
     config = load_run(path, words)
@@ -271,7 +271,7 @@ def train_small(paths: list[str], prefix: str) -> list[list[float]]:
     """Losses of three steps of each run, shrunk."""
     from moe_train.engine.native import NativeEngine
     from moe_train.parallel.mesh import start_world
-    from moe_train.train import data_loader, settle_vocabulary
+    from moe_train.pretraining import data_loader, settle_vocabulary
 
     words = [*(f"model.{word}" for word in SMALL), "train.global_batch_size=16", "train.micro_batch_size=1", "train.steps=3"]
     words += ["train.seq_len=64", "train.device=cpu", f"data.train={prefix}", "optim.warmup_steps=0"]

@@ -15,7 +15,7 @@ from moe_train.checkpoint.logical import logical_tensors
 from moe_train.cli import merge, parse
 from moe_train.engine.native import NativeEngine
 from moe_train.parallel.mesh import start_world
-from moe_train.train import data_loader, settle_vocabulary
+from moe_train.pretraining import data_loader, settle_vocabulary
 
 LAYOUTS = {
     "one": "",

@@ -25,7 +25,7 @@ def measure(run: dict[str, Any]) -> tuple[Seen, int]:
     from moe_train.engine.native import NativeEngine
     from moe_train.parallel.mesh import start_world
     from moe_train.parallel.traffic import Traffic
-    from moe_train.train import data_loader, settle_vocabulary
+    from moe_train.pretraining import data_loader, settle_vocabulary
 
     config, tokenizer = settle_vocabulary(parse(run, "test"))
     world = start_world(config)

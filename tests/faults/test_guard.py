@@ -27,7 +27,7 @@ from moe_train.faults import bundle
 from moe_train.faults.detect import Detector, Finding
 from moe_train.faults.replay import Hooks
 from moe_train.parallel.mesh import start_world
-from moe_train.train import data_loader
+from moe_train.pretraining import data_loader
 
 INJECT = "../tests/faults/inject"
 OWN = ["train.device=cpu", "train.micro_batch_size=2", "sample.max_tokens=0", "eval.every=0", "eval.max_rows=4"]

@@ -20,7 +20,8 @@ from moe_train.checkpoint import dcp
 from moe_train.cli import parse
 from moe_train.evaluate import restore
 from moe_train.parallel.mesh import start_world
-from moe_train.train import Trainer, pretraining, settle_vocabulary, train
+from moe_train.pretraining import pretraining, settle_vocabulary
+from moe_train.train import Trainer, train
 
 STEP = 2
 JSON = st.recursive(

@@ -25,7 +25,7 @@ from moe_train.errors import UserError
 from moe_train.evaluate import byte_lengths
 from moe_train.faults import bundle
 from moe_train.parallel.mesh import start_world
-from moe_train.train import data_loader, eval_rows, settle_vocabulary
+from moe_train.pretraining import data_loader, eval_rows, settle_vocabulary
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 pytest.importorskip("deepspeed")

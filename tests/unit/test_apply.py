@@ -7,7 +7,7 @@ from models import TINY, TOPK
 from torch.distributed.fsdp import FSDPModule
 
 from moe_train.cli import parse
-from moe_train.engine.native import Model
+from moe_train.engine.model import Model
 from moe_train.parallel.mesh import start_world
 
 

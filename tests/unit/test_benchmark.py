@@ -15,7 +15,8 @@ from moe_train import versus
 from moe_train.benchmark import RandomRows, append
 from moe_train.cli import parse
 from moe_train.config import Config
-from moe_train.engine.native import Model, NativeEngine
+from moe_train.engine.model import Model
+from moe_train.engine.native import NativeEngine
 from moe_train.errors import UserError
 from moe_train.parallel.mesh import World, start_world
 from moe_train.rivals import Mixtral, build_mixtral, load_rival
