@@ -23,6 +23,7 @@ from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -52,6 +53,7 @@ TEMPORARY = ".tmp-"
 
 Group = dist.ProcessGroup | None  # None = all ranks
 Digests = dict[tuple[str, int], str]  # (file, start of a record) -> SHA-256
+Places = dict[MetadataIndex, Any]  # chunk -> file, start and length of its record
 
 
 class NotSaved(UserError):
@@ -83,7 +85,7 @@ def save(
         parts: list[Digests] | None = [{}] * dist.get_world_size(group) if dist.get_rank() == 0 else None
         dist.gather_object(writer.digests, parts, group=group)
         digests = {record: sha256 for part in parts or () for record, sha256 in part.items()}
-        on_main(lambda: _publish(work, final, files, {"step": step, **state}, _entries(index, digests)), group)
+        on_main(lambda: _publish(work, final, files, {"step": step, **state}, _entries(index, writer.places, digests)), group)
     except BaseException as error:
         if dist.get_rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -160,6 +162,7 @@ class _Writer(dcp.FileSystemWriter):
     """Writes this rank's shards and notes the digests of their records, which are computed while the disk takes them."""
 
     digests: Digests = {}
+    places: Places = {}  # of all ranks' records, on rank 0
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
         """Raises OSError where the disk refuses."""
@@ -177,6 +180,11 @@ class _Writer(dcp.FileSystemWriter):
             self.digests = {(p.relative_path, p.offset): sha256 for p, sha256 in zip(places, found, strict=True)}
             list(synced)
         return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write torch's index. Its own copy of it is not always the one that `dcp.save` returns."""
+        self.places = {result.index: result.storage_data for written in results for result in written}
+        super().finish(metadata, results)
 
 
 @contextmanager
@@ -208,14 +216,14 @@ def _save_shards(tensors: dict[str, Any], writer: _Writer, planner: SavePlanner,
         raise RuntimeError(str(error)) from error
 
 
-def _entries(index: Metadata, digests: Digests) -> dict[str, Entry]:
+def _entries(index: Metadata, places: Places, digests: Digests) -> dict[str, Entry]:
     """What the manifest says of the tensors that torch's index lists."""
     found = {}
     for name, tensor in index.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)  # as planned
         chunks = []
         for chunk in tensor.chunks:
-            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
+            place = places[MetadataIndex(name, chunk.offsets)]
             record = (place.relative_path, place.offset, place.length)
             chunks.append(Chunk(*_box(chunk), *record, digests[record[:2]]))
         found[name] = Entry(list(tensor.size), str(tensor.properties.dtype)[6:], chunks)
