@@ -82,10 +82,13 @@ test-faults: $(VENV)/.installed-dev ## more than a hundred faults in real runs, 
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py run $(FAULT_DATA) $(ARGS)
 	$(BIN)/python tests/faults/campaign.py table $(FAULT_DATA)
 
+NEEDS_GPU = @$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("NOT RUN: make $@ needs a CUDA device, and this torch sees none")'
+
 # Small shapes under the sanitizers: they slow a kernel down a hundredfold. Without torch's cache each tensor is an allocation of its own,
 # so that memcheck sees where it ends.
 SANITIZED := -m gpu tests/kernels -k sanitizer -p no:cacheprovider
 test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device, then memcheck and racecheck where compute-sanitizer is installed
+	$(NEEDS_GPU)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	@for tool in memcheck racecheck; do \
 	  if command -v compute-sanitizer > /dev/null; then \
@@ -94,6 +97,7 @@ test-gpu: $(VENV)/.installed-dev ## kernel tests on a CUDA device, then memcheck
 
 BENCH_DATA ?= kernels/benchmarks/data
 bench-gpu: $(VENV)/.installed-dev ## kernels beside their rivals, then end to end, on a CUDA device; rows go to kernels/benchmarks/data
+	$(NEEDS_GPU)
 	$(BIN)/python kernels/benchmarks/run.py --output $(BENCH_DATA)/kernels.jsonl $(ARGS)
 	for router in recurrent topk; do \
 	  $(BIN)/torchrun $(PRIVATE) --nproc-per-node=1 launch/benchmark.py configs/rmoe_1b_8xa100.yaml data.tokenizer=bytes \

@@ -69,7 +69,7 @@ class AotResult:
 
     def failures(self, case: AotCase, arch: int) -> list[str]:
         """The rules that this result breaks; none is what a test wants."""
-        expected = _expected_instructions(case, arch)
+        expected, copies = _expected_instructions(case, arch), _expected_copies(case)
         deep = [stages for stages in self.rings if stages >= 2]
         rules = {
             f"stack {self.stack} B": self.stack > 0,
@@ -79,6 +79,7 @@ class AotResult:
             f"{self.loads} operand loads left in the loop": case.piped_operands > 0 and self.loads > 0,
             f"atomic operations on {self.instructions.get('atomic')}": "atomic" in self.instructions,
             f"no {' or '.join(expected)}": case.piped_operands > 0 and not set(expected) & set(self.instructions),
+            f"no {copies}": case.piped_operands > 0 and copies not in self.instructions,
         }
         return [rule for rule, broken in rules.items() if broken]
 
@@ -98,6 +99,12 @@ def _expected_instructions(case: AotCase, arch: int) -> tuple[str, ...]:
     best = "wgmma" if arch == 90 else "tcgen05"
     rows = case.constexprs.get("BM", case.constexprs.get("BP", 0))
     return (best,) if rows >= 64 and case.num_warps >= 4 else (best, "mma.sync")
+
+
+def _expected_copies(case: AotCase) -> str:
+    """How operands get into shared memory: by the descriptors that a kernel is given or makes, else by cp.async."""
+    given = any(kind.startswith("tensordesc") for kind in case.types.values())
+    return "tma" if given or case.constexprs.get("SPECIALIZE") else "cp.async"
 
 
 def compile_case(case: AotCase, arch: int) -> AotResult:

@@ -16,7 +16,7 @@ from moe_kernels.errors import KernelError
 from moe_kernels.types import Plan
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_INT32 = 2**31 - 1
+MAX_ROWS = 2**30  # kernels count rows in int32, and add a block or a range of them to a row's number
 _debug = os.environ.get("MOE_KERNELS_DEBUG") == "1"
 
 
@@ -38,7 +38,7 @@ def require(ok: bool, op: str, rule: str, **values: Any) -> None:
 
 
 def check_expert_ids(op: str, expert_ids: Tensor, num_experts: int) -> None:
-    """expert_ids [T, K] int32, contiguous, T * K below 2^31; in debug mode also every id in [-1, num_experts)."""
+    """expert_ids [T, K] int32, contiguous, T * K at most 2^30; in debug mode also every id in [-1, num_experts)."""
     require(
         expert_ids.dim() == 2 and expert_ids.dtype == torch.int32,
         op,
@@ -48,13 +48,16 @@ def check_expert_ids(op: str, expert_ids: Tensor, num_experts: int) -> None:
     require(num_experts > 0, op, "num_experts must be at least 1", num_experts=num_experts)
     check_contiguous(op, expert_ids=expert_ids)
     slots = expert_ids.shape[0] * expert_ids.shape[1]
-    require(slots <= _MAX_INT32, op, "T * K must fit in int32 (split the batch)", expert_ids=expert_ids)
+    require(
+        slots <= MAX_ROWS, op, "T * K must be at most 2^30: rows are counted in int32 (split the batch)", expert_ids=expert_ids
+    )
     if _debug:
         _check_id_values(op, expert_ids, num_experts)
 
 
-def check_plan(op: str, plan: Plan, device: torch.device) -> None:
-    """The plan's index tensors are int32 and on `device`."""
+def check_plan(op: str, plan: Plan, **beside: Tensor) -> None:
+    """The plan's index tensors are int32, contiguous, on the device of the tensor `beside` them, and of as many slots."""
+    (device,) = [tensor.device for tensor in beside.values()]
     for name in ("offsets", "row_slot", "slot_row"):
         index = getattr(plan, name)
         require(
@@ -62,12 +65,17 @@ def check_plan(op: str, plan: Plan, device: torch.device) -> None:
             op,
             f"plan.{name} must be int32 on {device} (make the plan with sort_by_expert of the same backend and device)",
             **{f"plan.{name}": index},
+            **beside,
         )
+        check_contiguous(op, **{f"plan.{name}": index})
+    slots = {"plan.row_slot": plan.row_slot, "plan.slot_row": plan.slot_row}
+    same = plan.slot_row.dim() == 2 and tuple(plan.row_slot.shape) == (plan.slot_row.numel(),)
+    require(same, op, "plan.row_slot must be [T * K] where plan.slot_row is [T, K] (use sort_by_expert)", **slots)
 
 
 def check_permute(x: Tensor, plan: Plan) -> None:
     """x [T, D] float, of the plan's T."""
-    check_plan("permute", plan, x.device)
+    check_plan("permute", plan, x=x)
     _check_matrix("permute", x=x)
     tokens = plan.slot_row.shape[0]
     require(x.shape[0] == tokens, "permute", "x must have one row for each token of plan.slot_row", x=x, slot_row=plan.slot_row)
@@ -75,7 +83,7 @@ def check_permute(x: Tensor, plan: Plan) -> None:
 
 def check_unpermute(rows: Tensor, plan: Plan, weights: Tensor | None) -> None:
     """rows [M, D] float of the plan's M = T * K; weights [T, K] float or None."""
-    check_plan("unpermute", plan, rows.device)
+    check_plan("unpermute", plan, rows=rows)
     _check_matrix("unpermute", rows=rows)
     slots = plan.row_slot.shape[0]
     require(rows.shape[0] == slots, "unpermute", "rows must have one row for each slot of the plan", rows=rows, slots=slots)
@@ -86,7 +94,7 @@ def check_unpermute(rows: Tensor, plan: Plan, weights: Tensor | None) -> None:
 def check_grouped_mm(rows: Tensor, w: Tensor, plan: Plan) -> None:
     """rows [M, C] and w [E, N, C] of one float dtype; M and E are the plan's."""
     op = "grouped_mm"
-    check_plan(op, plan, rows.device)
+    check_plan(op, plan, rows=rows)
     _check_matrix(op, rows=rows)
     require(w.dim() == 3 and w.shape[2] == rows.shape[1], op, "w must be [E, N, C] where rows is [M, C]", w=w, rows=rows)
     require(w.shape[0] == plan.num_experts, op, "w's first dim must be the plan's number of experts", w=w, E=plan.num_experts)

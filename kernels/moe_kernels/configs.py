@@ -118,7 +118,7 @@ _SMALLER: dict[str, dict[str, tuple[Config, ...]]] = {  # few rows per expert: w
     },
     "tiny": {
         "up": (C(16, 64, 128, 4, 4),),
-        "down": (C(16, 128, 64, 4, 5),),
+        "down": (C(16, 64, 64, 4, 5),),  # of 128 columns Triton 3.6 spills for sm_100
         "da": (C(16, 64, 64, 4, 4),),
         "dxe": (C(16, 128, 64, 4, 5),),
     },
@@ -285,16 +285,20 @@ def plan_block_rows(slots: int, num_experts: int, device: torch.device) -> int:
 
 
 def require_supported(op: str, x: Tensor, *weights: Tensor) -> None:
-    """Raise KernelError where Triton kernels cannot run on x, or index an expert's matrix of weights [E, P, Q] with 32 bits."""
+    """Raise KernelError where Triton kernels cannot run on x, or index an expert's matrix of weights [E, P, Q], or 256 rows of P or Q
+    columns, with 32 bits."""
     for w in weights:
-        if w.shape[1] * w.shape[2] >= 2**31:
-            raise KernelError(
-                f"{op}: an expert's matrix {list(w.shape[1:])} must have fewer than 2^31 elements; use kernels.backend=torch"
-            )
+        if w.shape[1] * w.shape[2] >= 2**31 or max(w.shape[1:]) >= 2**23:
+            rule = "must have fewer than 2^31 elements, and 2^23 rows and columns"
+            raise KernelError(f"{op}: an expert's matrix {list(w.shape[1:])} {rule}; use kernels.backend=torch")
     if x.dtype == torch.float64:
-        raise KernelError(f"{op}: float64 is not supported by triton kernels; use kernels.backend=torch or reference")
+        raise KernelError(
+            f"{op}: float64 is not supported by triton kernels, got {list(x.shape)}; use kernels.backend=torch or reference"
+        )
     if x.device.type != "cuda" and not _INTERPRETED:
-        raise KernelError(f"{op}: triton kernels need CUDA tensors, got {x.device}; use kernels.backend=torch")
+        raise KernelError(
+            f"{op}: triton kernels need CUDA tensors, got {list(x.shape)} on {x.device}; use kernels.backend=torch"
+        )
 
 
 def entries(*ops: str) -> list[Entry]:

@@ -8,8 +8,10 @@ import triton
 from torch import Tensor
 
 from moe_kernels.configs import Config
+from moe_kernels.errors import KernelError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # that CUDA launches along x, y and z
 _allocate = torch.empty  # tests put a function here that poisons what it returns
 
 
@@ -19,10 +21,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def launch(kernel: Any, programs: int | tuple[int, ...], config: Config, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on a grid of `programs` with the warps and stages of `config`; an empty grid launches nothing."""
+    """Run `kernel` on a grid of `programs` with the warps and stages of `config`; an empty grid launches nothing.
+
+    Raises KernelError for a grid that CUDA cannot launch.
+    """
     grid = programs if isinstance(programs, tuple) else (programs,)
     if 0 in grid:
         return
+    if any(count > most for count, most in zip(grid, _MOST_PROGRAMS, strict=False)):
+        shapes = {name: list(arg.shape) for name, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, Tensor)}
+        rule = f"a grid of {grid} programs is above CUDA's {_MOST_PROGRAMS} (split the batch, or use kernels.backend=torch)"
+        raise KernelError(
+            f"{kernel.fn.__name__}: {rule}; got " + ", ".join(f"{name}={shape}" for name, shape in shapes.items())
+        )
     if config.specialize:
         triton.set_allocator(_scratch)  # for descriptors made on the device; per thread, and autograd has threads of its own
     device = next(arg for arg in args if isinstance(arg, Tensor)).device

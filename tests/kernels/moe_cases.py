@@ -1,6 +1,7 @@
 """Inputs, routings and tolerances of the expert kernels' tests. T tokens, K choices, E experts, D hidden, F expert hidden."""
 
 import torch
+from hypothesis import strategies as st
 
 # max |error| / max |reference| and ||error|| / ||reference||, both in the Frobenius sense, against fp64 of the same rounded inputs
 TOLERANCE = {
@@ -15,6 +16,13 @@ ROUTINGS = ("uniform", "zipf", "one", "holes", "none", "duplicates")
 def dtypes(device):
     """What is tested on a device: the interpreter's bf16 is wrong, so bf16 is for GPUs."""
     return (torch.float32, torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32, torch.float16)
+
+
+@st.composite
+def routings(draw):
+    """Tokens, experts, choices and one of ROUTINGS."""
+    num_experts = draw(st.integers(1, 9))
+    return draw(st.integers(0, 80)), num_experts, draw(st.integers(1, min(4, num_experts))), draw(st.sampled_from(ROUTINGS))
 
 
 def route(tokens, num_experts, top_k, mode="uniform", seed=0):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -72,7 +73,7 @@ def result(**changes):
         "shared": 1024,
         "threads": 256,
         "ctas": 1,
-        "instructions": {"wgmma": "m64n128k16"},
+        "instructions": {"wgmma": "m64n128k16", "cp.async": "g"},
     }
     return AotResult(**(good | {"rings": (3, 3), "loads": 0, "seconds": 1.0} | changes))
 
@@ -86,12 +87,16 @@ def test_the_rules_find_each_failure():
         ({"shared": SHARED_LIMIT[90] + 1}, "shared"),
         ({"rings": (3, 1)}, "1 operands piped, expected 2"),
         ({"loads": 1}, "1 operand loads left in the loop"),
-        ({"instructions": {"mma.sync": "m16n8k16"}}, "no wgmma"),
-        ({"instructions": {"wgmma": "m64n128k16", "atomic": "f32"}}, "atomic operations on f32"),
+        ({"instructions": {"mma.sync": "m16n8k16", "cp.async": "g"}}, "no wgmma"),
+        ({"instructions": {"wgmma": "m64n128k16", "tma": "2"}}, "no cp.async"),
+        ({"instructions": {"wgmma": "m64n128k16", "cp.async": "g", "atomic": "f32"}}, "atomic operations on f32"),
     ):
         (found,) = result(**changes).failures(case, 90)
         assert failure in found
-    assert result(instructions={"mma.sync": "m16n8k16"}).failures(case, 80) == []
+    assert result(instructions={"mma.sync": "m16n8k16", "cp.async": "g"}).failures(case, 80) == []
+    described = replace(case, types={"rows": "tensordesc<bf16[128,64]>"})
+    assert result().failures(described, 90) == ["no tma"]
+    assert result(instructions={"wgmma": "m64n128k16", "tma": "2"}).failures(described, 90) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -390,11 +393,41 @@ def test_the_tuner_needs_a_gpu(monkeypatch, capsys, tmp_path):
     assert "needs a CUDA device" in capsys.readouterr().out
 
 
+def test_without_a_gpu_make_says_that_nothing_was_run(tmp_path):
+    """Neither rows of a CPU among those of GPUs, nor a test that counts as passed."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    root, venv = Path(__file__).parents[2], Path(sys.executable).parents[1]
+    command = ["make", "--keep-going", "-o", f"{venv}/.installed-dev", f"VENV={venv}", f"BENCH_DATA={tmp_path}"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    targets = ("test-gpu", "bench-gpu")
+    done = subprocess.run(
+        [*command, *targets], cwd=root, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert said == [f"NOT RUN: make {target} needs a CUDA device, and this torch sees none" for target in targets]
+    assert done.returncode == 2
+    assert not done.stdout.strip()
+    assert not list(tmp_path.iterdir())
+
+
 def test_list_measures_nothing(capsys):
     assert run.main(["--device", "cpu", "--list"]) == 0
     out = capsys.readouterr().out
     assert "0: moe_mlp: tiny balanced" in out
     assert "scattermoe: unavailable: needs a CUDA device" in out
+
+
+def documented_fields():
+    """Of a row, as the README lists them: what its table's first column names."""
+    table = Path(run.__file__).with_name("README.md").read_text().partition("## Rows")[2]
+    return {
+        name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+
+
+SOMETIMES = {"routing", "largest_load", "note", "reason", *"TEKDFPHdV"}
+ROOFLINES = ({"tflops", "share_of_matmul"}, {"gbs", "share_of_copy"})
 
 
 @pytest.mark.parametrize("suite", run.SUITES)
@@ -403,7 +436,11 @@ def test_dry_run(suite, tmp_path, capsys):
     assert run.main(["--device", "cpu", "--suite", suite, "--quick", "--repeats", "3", "--output", str(path)]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {row["status"] for row in rows if row["provider"] in ("torch", "reference", "eager")} == {"ok"}
-    assert {"date", "commit", "gpu", "driver", "torch", "triton"} <= rows[0].keys()
+    fields = documented_fields()
+    for row in (row for row in rows if row["status"] == "ok"):
+        assert row.keys() <= fields | SOMETIMES
+        assert fields <= row.keys() | SOMETIMES | set.union(*ROOFLINES)
+        assert any(roofline <= row.keys() for roofline in ROOFLINES)
     ops = {
         "moe": {"moe_mlp"},
         "router": {op.name for op in layer_ops.ROUTER_OPS},

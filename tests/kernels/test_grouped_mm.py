@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
-from moe_cases import assert_close, dtypes, gradients, route
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from moe_cases import assert_close, dtypes, gradients, route, routings
 
-from moe_kernels import KernelError, configs
+from moe_kernels import KernelError, configs, launch
 from moe_kernels.configs import Config
 from moe_kernels.grouped_mm import reference, with_torch, with_triton
 from moe_kernels.permutation import reference as permutation
@@ -63,6 +65,15 @@ def test_output_and_gradients(backend, shape, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_in_other_dtypes(shape, dtype):
     check(with_torch, shape, dtype, "cpu")
+
+
+@given(routings(), st.integers(1, 150), st.integers(1, 150), st.sampled_from([torch.float32, torch.float16]))
+@settings(max_examples=4, deadline=None, database=None, phases=[Phase.generate])
+def test_any_shape_and_routing(routing, inner, columns, dtype):
+    if not launch.INTERPRETED:
+        pytest.skip("a machine with a GPU runs the kernels there")
+    *sizes, mode = routing
+    check(with_triton, (*sizes, inner, columns, mode), dtype, "cpu")
 
 
 @pytest.mark.parametrize("product", ["down", "dxe"])

@@ -8,6 +8,7 @@ from twins import (
     EVERYWHERE,
     ON_GPU,
     ONE_OF_EACH,
+    TRITON,
     TRITON_FLOAT32,
     Where,
     assert_bitwise_equal,
@@ -55,6 +56,13 @@ def test_equals_the_naive_twin_at_more_shapes(where, tokens, width):
 def test_any_shape_in_the_interpreter(tokens, width):
     where = Where("triton", "cpu", torch.float32)
     compare(where, "gru", "gru_step", inputs(where, tokens, width), range(6))
+
+
+@pytest.mark.parametrize("where", TRITON)
+def test_ranges_of_several_blocks_of_tokens(where, monkeypatch):
+    where.op("gru", "gru_step")
+    monkeypatch.setattr("moe_kernels.gru.with_triton._RANGES", 2)
+    compare(where, "gru", "gru_step", inputs(where, 150, 24), range(6))
 
 
 @EXACT

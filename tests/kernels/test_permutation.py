@@ -1,12 +1,16 @@
 """sort_by_expert, permute and unpermute of every backend against the naive twin."""
 
+import runpy
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from moe_cases import ROUTINGS, assert_close, dtypes, gradients, route
+from moe_cases import ROUTINGS, assert_close, dtypes, gradients, route, routings
 
-from moe_kernels import KernelError, launch
+from moe_kernels import KernelError, checks, launch
 from moe_kernels.checks import debug_checks
 from moe_kernels.grouped_mm import with_torch as grouped_mm_torch
 from moe_kernels.grouped_mm import with_triton as grouped_mm_triton
@@ -38,6 +42,13 @@ def test_sort_equals_the_naive_stable_sort(backend, tokens, num_experts, top_k, 
     assert plan.top_k == top_k
 
 
+def test_more_blocks_of_slots_than_one_step_of_the_prefix(device, monkeypatch):
+    """Small blocks in the place of 131,073 slots."""
+    monkeypatch.setattr(with_triton, "_SORT", replace(with_triton._SORT, block_m=16, block_k=16))
+    ids = route(190, 5, 3, "holes").to(device)
+    same_plan(with_triton.sort_by_expert(ids, 5), ids, 5)
+
+
 @pytest.mark.parametrize(("tokens", "num_experts", "top_k"), SHAPES)
 @pytest.mark.parametrize("block_rows", [16, 64])
 def test_tile_map_covers_each_experts_rows_in_order(tokens, num_experts, top_k, block_rows, device):
@@ -64,6 +75,35 @@ def test_sort_of_any_ids(data):
         same_plan(backend.sort_by_expert(ids, num_experts), ids, num_experts)
 
 
+def check(backend, sizes, mode, weighted, dtype, device):
+    """permute and unpermute, with gradients; NaN in rows that no expert owns, in tokens and weights that no slot selects."""
+    tokens, num_experts, top_k, width = sizes
+    ids = route(tokens, num_experts, top_k, mode).to(device)
+    plan = backend.sort_by_expert(ids, num_experts)
+    live = same_plan(plan, ids, num_experts)
+    truth = Plan(*(index.cpu() for index in reference.sort_by_expert(ids, num_experts)[:3]))
+    x, grad_rows = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens * top_k, width, dtype=dtype)
+    rows, grad = torch.randn(tokens * top_k, width, dtype=dtype), torch.randn(tokens, width, dtype=dtype)
+    rows[live:], grad_rows[live:] = float("nan"), float("nan")
+    x[(ids.cpu() < 0).all(1)] = float("nan")
+    weights = torch.rand(tokens, top_k)
+    weights[ids.cpu() < 0] = float("nan")
+    wide = [tensor.double().nan_to_num(0.0) for tensor in (x, grad_rows, rows, grad, weights)]
+
+    out, grad_x = gradients(lambda x: backend.permute(x, plan), [x.to(device)], grad_rows.to(device))
+    expected, expected_grad = gradients(lambda x: reference.permute(x, truth), [wide[0]], wide[1])
+    assert torch.equal(out[:live].double().cpu(), expected[:live])
+    assert_close(grad_x, expected_grad, dtype, "grad x")
+
+    leaves = [rows.to(device), weights.to(device)] if weighted else [rows.to(device)]
+    actual = gradients(lambda r, w=None: backend.unpermute(r, plan, w), leaves, grad.to(device))
+    expected = gradients(lambda r, w=None: reference.unpermute(r, truth, w), [wide[2], wide[4]][: len(leaves)], wide[3])
+    assert_close(actual[0], expected[0], dtype, "out")
+    assert_close(actual[1][:live], expected[1][:live], dtype, "grad rows")
+    if weighted:
+        assert_close(actual[2], expected[2], dtype, "grad weights")
+
+
 @pytest.mark.parametrize("backend", FAST, ids=lambda b: b.__name__.rsplit("_")[-1])
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "top_k", "width", "mode"),
@@ -73,35 +113,22 @@ def test_sort_of_any_ids(data):
         (63, 5, 3, 72, "holes"),
         (63, 5, 2, 8, "none"),
         (70, 4, 4, 136, "one"),
+        (9, 3, 2, 1280, "holes"),
     ],
 )
 @pytest.mark.parametrize("weighted", [True, False])
 def test_permute_and_unpermute(backend, tokens, num_experts, top_k, width, mode, weighted, device):
-    ids = route(tokens, num_experts, top_k, mode).to(device)
-    plan = backend.sort_by_expert(ids, num_experts)
-    live = same_plan(plan, ids, num_experts)
-    truth = Plan(*(index.cpu() for index in reference.sort_by_expert(ids, num_experts)[:3]))
     for dtype in dtypes(device):
-        x, grad_rows = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens * top_k, width, dtype=dtype)
-        rows, grad = torch.randn(tokens * top_k, width, dtype=dtype), torch.randn(tokens, width, dtype=dtype)
-        rows[live:], grad_rows[live:] = float("nan"), float("nan")
-        x[(ids.cpu() < 0).all(1)] = float("nan")
-        weights = torch.rand(tokens, top_k)
-        weights[ids.cpu() < 0] = float("nan")
-        wide = [tensor.double().nan_to_num(0.0) for tensor in (x, grad_rows, rows, grad, weights)]
+        check(backend, (tokens, num_experts, top_k, width), mode, weighted, dtype, device)
 
-        out, grad_x = gradients(lambda x: backend.permute(x, plan), [x.to(device)], grad_rows.to(device))
-        expected, expected_grad = gradients(lambda x: reference.permute(x, truth), [wide[0]], wide[1])
-        assert torch.equal(out[:live].double().cpu(), expected[:live])
-        assert_close(grad_x, expected_grad, dtype, "grad x")
 
-        leaves = [rows.to(device), weights.to(device)] if weighted else [rows.to(device)]
-        actual = gradients(lambda r, w=None: backend.unpermute(r, plan, w), leaves, grad.to(device))
-        expected = gradients(lambda r, w=None: reference.unpermute(r, truth, w), [wide[2], wide[4]][: len(leaves)], wide[3])
-        assert_close(actual[0], expected[0], dtype, "out")
-        assert_close(actual[1][:live], expected[1][:live], dtype, "grad rows")
-        if weighted:
-            assert_close(actual[2], expected[2], torch.float32 if dtype == torch.float32 else dtype, "grad weights")
+@given(routings(), st.integers(1, 600), st.booleans(), st.sampled_from([torch.float32, torch.float16]))
+@settings(max_examples=4, deadline=None, database=None, phases=[Phase.generate])
+def test_any_shape_and_routing(routing, width, weighted, dtype):
+    if not launch.INTERPRETED:
+        pytest.skip("a machine with a GPU runs the kernels there")
+    *sizes, mode = routing
+    check(with_triton, (*sizes, width), mode, weighted, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", FAST, ids=lambda b: b.__name__.rsplit("_")[-1])
@@ -157,7 +184,9 @@ def test_bad_arguments(backend):
         r"expert_ids must be \[T, K\] int32": lambda: backend.sort_by_expert(ids.long(), 4),
         "num_experts must be at least 1": lambda: backend.sort_by_expert(ids, 0),
         "expert_ids must be contiguous": lambda: backend.sort_by_expert(ids.T, 4),
-        "T \\* K must fit in int32": lambda: backend.sort_by_expert(torch.empty(2**30, 4, dtype=torch.int32, device="meta"), 4),
+        r"T \* K must be at most 2\^30.* got expert_ids=\[268435457, 4\] int32": lambda: backend.sort_by_expert(
+            torch.empty(2**28 + 1, 4, dtype=torch.int32, device="meta"), 4
+        ),
         "one row for each token": lambda: backend.permute(x[:5], plan),
         "x must be contiguous": lambda: backend.permute(torch.randn(8, 6).T, plan),
         "x must be float16": lambda: backend.permute(x.int(), plan),
@@ -167,6 +196,15 @@ def test_bad_arguments(backend):
     }.items():
         with pytest.raises(KernelError, match=message):
             call()
+
+
+def test_debug_mode_from_the_environment(monkeypatch):
+    wrong = torch.full((2, 1), 7, dtype=torch.int32)
+    for value in ("0", "1"):
+        monkeypatch.setenv("MOE_KERNELS_DEBUG", value)
+        check_expert_ids = runpy.run_path(checks.__file__)["check_expert_ids"]
+        with pytest.raises(KernelError, match=r"expert_ids\[0, 0\] = 7") if value == "1" else nullcontext():
+            check_expert_ids("op", wrong, 4)
 
 
 def test_ids_out_of_range_are_found_in_debug_mode_only():

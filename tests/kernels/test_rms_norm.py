@@ -51,6 +51,13 @@ def test_any_shape_in_the_interpreter(tokens, hidden):
     compare(where, "rms_norm", "add_rms_norm", args, [0, 1, 2])
 
 
+@pytest.mark.parametrize("where", TRITON)
+def test_ranges_of_several_tiles_of_rows(where, monkeypatch):
+    where.op("rms_norm", "rms_norm")
+    monkeypatch.setattr("moe_kernels.rms_norm.with_triton._RANGES", 2)
+    compare(where, "rms_norm", "rms_norm", (where.normal(500, 64), where.normal(64, wide=True), 1e-5), [0, 1])
+
+
 @pytest.mark.parametrize("where", ONE_OF_EACH)
 def test_the_norm_is_taken_of_the_rounded_sum(where):
     dtype = torch.bfloat16 if where.backend != "triton" else torch.float16

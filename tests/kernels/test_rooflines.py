@@ -55,6 +55,7 @@ TABLES = {
         (2 * M * D * 2 * F, 2 * (M * D + M * 2 * F + E * D * 2 * F)),
     ),
     "permutation": {
+        "sort_by_expert": (0, 16 * M),
         "permute": (0, 2 * T * D + 2 * M * D),
         "unpermute": (2 * M * D, 2 * M * D + 2 * T * D),
         "unpermute backward": (4 * M * D, 4 * M * D + 2 * T * D),
@@ -84,10 +85,14 @@ def test_the_whole_expert_mlp():
         assert float(stated.replace(",", "")) == pytest.approx(exact * 1e6, rel=0.003)
 
 
-SENTENCES = {  # op -> (a pattern that finds bytes and times of A100, H100 and H200; FLOPs; bytes)
+SENTENCES = {  # op -> (a pattern that finds FLOPs, where they count, bytes and times of A100, H100 and H200; FLOPs; bytes)
     "gru": [
-        (r"forward: [\d.]+ GFLOP, (\d+ MB): A100 (\d+) us, H100 (\d+) us, H200 (\d+) us", T * 12 * P * P, T * (2 + 4 + 4) * P),
-        (r"Backward: [\d.]+ GFLOP, (\d+ MB): A100 (\d+) us, H100 (\d+) us, H200 (\d+) us", T * 36 * P * P, T * 6_912),
+        (
+            r"forward: ([\d.]+ GFLOP), (\d+ MB): A100 (\d+) us, H100 (\d+) us, H200 (\d+) us",
+            T * 12 * P * P,
+            T * (2 + 4 + 4) * P,
+        ),
+        (r"Backward: ([\d.]+ GFLOP), (\d+ MB): A100 (\d+) us, H100 (\d+) us, H200 (\d+) us", T * 36 * P * P, T * 6_912),
     ],
     "rms_norm": [
         (r"rms_norm forward (\d+ MB): A100 (\d+) us, H100 (\d+) us, H200 (\d+) us", 0, 4 * T * D),
@@ -101,7 +106,7 @@ SENTENCES = {  # op -> (a pattern that finds bytes and times of A100, H100 and H
     ],
     "topk": [
         (
-            rf"P={width} +\d+ MFLOP, +(\d+ MB): A100 +(\d+) us, H100 +(\d+) us, H200 +(\d+) us",
+            rf"P={width} +(\d+ MFLOP), +(\d+ MB): A100 +(\d+) us, H100 +(\d+) us, H200 +(\d+) us",
             2 * T * width * E,
             T * (2 * width + 8 * E + 8 * K),
         )
@@ -109,7 +114,7 @@ SENTENCES = {  # op -> (a pattern that finds bytes and times of A100, H100 and H
     ]
     + [
         (
-            rf"P={width} .*?; backward [\d.]+ [MG]FLOP, +(\d+ MB): A100 +(\d+) us, H100 +(\d+) us, H200 +(\d+) us",
+            rf"P={width} .*?; backward ([\d.]+ [MG]FLOP), +(\d+ MB): A100 +(\d+) us, H100 +(\d+) us, H200 +(\d+) us",
             4 * T * width * E,
             T * (6 * width + 14 * E + 12 * K),
         )
@@ -121,10 +126,19 @@ SENTENCES = {  # op -> (a pattern that finds bytes and times of A100, H100 and H
 @pytest.mark.parametrize(("op", "place"), [(op, place) for op, places in SENTENCES.items() for place in range(len(places))])
 def test_sentences(op, place):
     pattern, flops, moved = SENTENCES[op][place]
-    stated_bytes, *stated_times = re.search(pattern, text(op)).groups()
+    *stated_flops, stated_bytes, a100, h100, h200 = re.search(pattern, text(op)).groups()
+    assert [quantity(stated) for stated in stated_flops] == pytest.approx([flops] if flops else [], rel=0.04)
     assert quantity(stated_bytes) == pytest.approx(moved, rel=0.03)
-    for stated, exact in zip(stated_times, times(flops, moved), strict=True):
+    for stated, exact in zip((a100, h100, h200), times(flops, moved), strict=True):
         assert agrees(stated, exact, 1e-6), (stated, exact)
+
+
+def test_the_recurrent_router_per_token():
+    stated = re.search(
+        r"forward 12 P\^2 = (\d+ kFLOP) and ([\d,]+ B) .*?; backward (\d+ kFLOP) \(.*?\) and ([\d.]+ kB)", text("gru")
+    )
+    exact = (12 * P * P, 10 * P, 36 * P * P, 6_912)
+    assert [quantity(number) for number in stated.groups()] == pytest.approx(exact, rel=0.01)
 
 
 def test_the_loss():

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import configs
 from moe_kernels.aot import AotCase
-from moe_kernels.checks import require
+from moe_kernels.checks import MAX_ROWS, require
 from moe_kernels.configs import Config
 from moe_kernels.cross_entropy.with_torch import Kernels, Sharding, run
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
@@ -20,8 +21,8 @@ from moe_kernels.types import Reduce
 @triton.jit(do_not_specialize=["n"])
 def _stats(logits, row, out, n, V: tl.constexpr, BLOCK: tl.constexpr):
     """out [4, n]: max, sum of exp(logit - max), the target's logit (0 if not held here), 1 if held here. A program per token."""
-    t = tl.program_id(0)
-    base = logits + t.to(tl.int64) * V
+    t = tl.program_id(0).to(tl.int64)
+    base = logits + t * V
     c = tl.arange(0, BLOCK)
     largest = -float("inf")
     total = 0.0
@@ -32,10 +33,11 @@ def _stats(logits, row, out, n, V: tl.constexpr, BLOCK: tl.constexpr):
         largest = higher
     target = tl.load(row + t)
     held = target >= 0
-    tl.store(out + t, largest)
-    tl.store(out + n + t, total)
-    tl.store(out + 2 * n + t, tl.load(base + target, mask=held, other=0.0).to(tl.float32))
-    tl.store(out + 3 * n + t, held.to(tl.float32))
+    out += t
+    tl.store(out, largest)
+    tl.store(out + n, total)
+    tl.store(out + n + n, tl.load(base + target, mask=held, other=0.0).to(tl.float32))
+    tl.store(out + n + n + n, held.to(tl.float32))
 
 
 @triton.jit
@@ -100,9 +102,11 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `moe_kernels.cross_entropy.reference.linear_cross_entropy`; fp64 raises KernelError."""
-    rule = "the triton backend takes x of 16 or 32 bits (else use the torch backend)"
-    require(x.dtype != torch.float64, "linear_cross_entropy", rule, x=x)
+    """See `moe_kernels.cross_entropy.reference.linear_cross_entropy`; fp64, and T or V above 2^30, raise KernelError."""
+    configs.require_supported("linear_cross_entropy", x)
+    ok = x.shape[:1].numel() <= MAX_ROWS and w.shape[:1].numel() <= MAX_ROWS
+    rule = "the triton backend takes T and V up to 2^30 (else use the torch backend)"
+    require(ok, "linear_cross_entropy", rule, x=x, w=w)
     return run(_KERNELS, x, w, target, coef, Sharding(vocab_start, reduce), chunk)
 
 

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import configs
 from moe_kernels.aot import AotCase
-from moe_kernels.checks import require
+from moe_kernels.checks import MAX_ROWS, require
 from moe_kernels.configs import Config
 from moe_kernels.gru import with_torch
 from moe_kernels.gru.reference import check_arguments
@@ -25,6 +26,7 @@ from moe_kernels.partial_sums import range_rows, sum_partials
 from moe_kernels.products import float32_precision
 from moe_kernels.tiles import dot
 
+_MAX_WIDTH = 16_384  # both gradients of weights and biases, [3P, P + 1], have 32-bit indices
 _RANGES = 16  # of tokens, for the weight gradients: a constant, so that their bits depend on T only
 
 
@@ -348,16 +350,17 @@ _gru_step.register_autograd(_differentiate, setup_context=_save)
 
 
 def gru_step(z: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
-    """See `moe_kernels.gru.reference.gru_step`; fp64 raises KernelError. fp32 products follow torch's float32 matmul
-    precision.
+    """See `moe_kernels.gru.reference.gru_step`; fp64, P above 16,384 and T above 2^30 raise KernelError. fp32
+    products follow torch's float32 matmul precision.
 
     An input wider than the state is one large product, which the library does best, so that form is the torch backend's.
     """
     check_arguments(z, h, w_ih, w_hh, b_ih, b_hh)
     if z.shape[1] != h.shape[1]:
         return with_torch.gru_step(z, h, w_ih, w_hh, b_ih, b_hh)
-    rule = "the triton backend takes z of 16 or 32 bits (else use the torch backend)"
-    require(z.dtype != torch.float64, "gru_step", rule, z=z)
+    configs.require_supported("gru_step", z)
+    rule = f"the triton backend takes P up to {_MAX_WIDTH} and T up to 2^30 (else use the torch backend)"
+    require(z.shape[0] <= MAX_ROWS and z.shape[1] <= _MAX_WIDTH, "gru_step", rule, z=z)
     return _gru_step(z, h, w_ih, w_hh, b_ih, b_hh)
 
 

@@ -36,7 +36,7 @@ def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, expert_ids: Tensor, we
     w_down and weights.
 
     Raises KernelError for shapes that do not match, mixed dtypes or devices (weights' dtype is free), a non-contiguous argument, T * K
-    above int32, and in debug mode for an expert id out of range.
+    above 2^30, and in debug mode for an expert id out of range.
     """
     check_moe_mlp(x, w_gate_up, w_down, expert_ids, weights)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -19,8 +19,9 @@ from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.permutation.op import define
 from moe_kernels.types import Plan, TileMap
 
-# A block of 256 slots spills (its rank triangle is a block x block comparison); 32 experts at a time bound the registers for any E.
-_SORT = Config(block_m=128, block_n=32, block_k=1024, warps=4, stages=1)
+# A block of 256 slots spills (its rank triangle is a block x block comparison), and so does one of 128 with 4 warps in Triton 3.6;
+# 32 experts at a time bound the registers for any E.
+_SORT = Config(block_m=128, block_n=32, block_k=1024, warps=8, stages=1)
 _SPLIT = Config(block_m=4, block_n=256, block_k=1, warps=4, stages=1)
 _COPY = Config(block_m=4, block_n=256, block_k=1, warps=4, stages=1)
 
@@ -28,6 +29,7 @@ _COPY = Config(block_m=4, block_n=256, block_k=1, warps=4, stages=1)
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> Plan:
     """Group the slots by expert, stably, and map the output tiles of a grouped GEMM."""
     check_expert_ids("sort_by_expert", expert_ids, num_experts)
+    configs.require_supported("sort_by_expert", expert_ids)
     block_rows = configs.plan_block_rows(expert_ids.numel(), num_experts, expert_ids.device)
     offsets, row_slot, slot_row, expert, row, count = _sort(expert_ids, num_experts, block_rows)
     return Plan(offsets, row_slot, slot_row, TileMap(expert, row, count, block_rows))

@@ -28,7 +28,9 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # vector_norm reads x once and makes no wide copy
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
     rstd = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * rstd if x.dtype == rstd.dtype else x.to(rstd.dtype).mul_(rstd)).mul_(weight).to(x.dtype), rstd
+    if x.dtype == rstd.dtype:  # neither `mul_` nor `to`: compiled by torch 2.11, gradients would be wrong
+        return x * rstd * weight, rstd
+    return x.to(rstd.dtype).mul_(rstd).mul_(weight).to(x.dtype), rstd
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

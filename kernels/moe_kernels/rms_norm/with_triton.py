@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import configs
 from moe_kernels.aot import AotCase
-from moe_kernels.checks import require
+from moe_kernels.checks import MAX_ROWS, require
 from moe_kernels.configs import Config
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.partial_sums import AOT_CASES as SUM_CASES
@@ -168,19 +169,20 @@ _add_rms_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add
 
 
 def _check(op: str, x: Tensor) -> None:
-    ok = x.dtype != torch.float64 and x.shape[-1] <= _MAX_HIDDEN
-    require(ok, op, f"the triton backend takes x of 16 or 32 bits and D up to {_MAX_HIDDEN} (else use the torch backend)", x=x)
+    configs.require_supported(op, x)
+    rule = f"the triton backend takes D up to {_MAX_HIDDEN} and 2^30 rows (else use the torch backend)"
+    require(x.shape[-1] <= _MAX_HIDDEN and x.shape[:-1].numel() <= MAX_ROWS, op, rule, x=x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `moe_kernels.rms_norm.reference.rms_norm`; fp64 and D above 8,192 raise KernelError."""
+    """See `moe_kernels.rms_norm.reference.rms_norm`; fp64, D above 8,192 and T above 2^30 raise KernelError."""
     check_arguments("rms_norm", x, weight, eps)
     _check("rms_norm", x)
     return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `moe_kernels.rms_norm.reference.add_rms_norm`; fp64 and D above 8,192 raise KernelError."""
+    """See `moe_kernels.rms_norm.reference.add_rms_norm`; fp64, D above 8,192 and T above 2^30 raise KernelError."""
     check_arguments("add_rms_norm", x, weight, eps, branch)
     _check("add_rms_norm", x)
     total, y, _ = _add_rms_norm(x, branch, weight, eps)

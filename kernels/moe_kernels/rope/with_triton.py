@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import configs
 from moe_kernels.aot import AotCase
-from moe_kernels.checks import require
+from moe_kernels.checks import MAX_ROWS, require
 from moe_kernels.configs import Config
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.rope.reference import check_arguments
@@ -92,10 +93,11 @@ _rope.register_autograd(_differentiate, setup_context=_save)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `moe_kernels.rope.reference.rope`; fp64 raises KernelError. x may be a slice of a fused projection."""
+    """See `moe_kernels.rope.reference.rope`; fp64 and B * S * H above 2^30 raise KernelError. x may be a slice of a fused
+    projection."""
     check_arguments(x, cos, sin)
-    require(x.dtype != torch.float64, "rope", "the triton backend takes x of 16 or 32 bits (else use the torch backend)", x=x)
-    require(x.shape[:3].numel() < 2**31, "rope", "B * S * H must fit in int32 (split the batch)", x=x)
+    configs.require_supported("rope", x)
+    require(x.shape[:3].numel() <= MAX_ROWS, "rope", "B * S * H must be at most 2^30 (split the batch)", x=x)
     return _rope(x, cos, sin, 1)
 
 

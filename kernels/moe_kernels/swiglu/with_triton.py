@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import configs
 from moe_kernels.aot import AotCase
-from moe_kernels.checks import require
+from moe_kernels.checks import MAX_ROWS, require
 from moe_kernels.configs import Config
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.swiglu.reference import check_arguments
@@ -95,10 +96,11 @@ _swiglu.register_autograd(_differentiate, setup_context=_save)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """See `moe_kernels.swiglu.reference.swiglu`; fp64 raises KernelError."""
+    """See `moe_kernels.swiglu.reference.swiglu`; fp64 and more than 2^30 rows raise KernelError."""
     check_arguments(gate_up)
-    rule = "the triton backend takes gate_up of 16 or 32 bits (else use the torch backend)"
-    require(gate_up.dtype != torch.float64, "swiglu", rule, gate_up=gate_up)
+    configs.require_supported("swiglu", gate_up)
+    rule = "the triton backend takes 2^30 rows (else use the torch backend)"
+    require(gate_up.shape[:-1].numel() <= MAX_ROWS, "swiglu", rule, gate_up=gate_up)
     return _swiglu(gate_up)
 
 

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import configs
 from moe_kernels.aot import AotCase
-from moe_kernels.checks import require
+from moe_kernels.checks import MAX_ROWS, require
 from moe_kernels.configs import Config
 from moe_kernels.launch import cdiv, empty, launch, power_of_2
 from moe_kernels.partial_sums import range_rows, sum_partials
@@ -28,6 +29,7 @@ from moe_kernels.types import TopK
 _SMALLEST_SUM = tl.constexpr(SMALLEST_SUM)
 _TAKEN = tl.constexpr(-(2**31))
 _MAX_EXPERTS = 1024
+_MAX_WIDTH = 2**20  # with so many experts, the weight has 32-bit indices
 
 
 @triton.jit
@@ -379,11 +381,12 @@ _score_topk.register_autograd(_differentiate, setup_context=_save)
 
 
 def score_topk(hidden: Tensor, weight: Tensor, k: int, score: Score = "softmax", renormalize: bool = True) -> TopK:
-    """See `moe_kernels.topk.reference.score_topk`; fp64 and E above 1,024 raise KernelError. fp32 products follow torch's
-    float32 matmul precision."""
+    """See `moe_kernels.topk.reference.score_topk`; fp64, E above 1,024, P above 2^20 and T above 2^30 raise KernelError.
+    fp32 products follow torch's float32 matmul precision."""
     check_arguments(hidden, weight, k, score)
-    ok = hidden.dtype != torch.float64 and weight.shape[0] <= _MAX_EXPERTS
-    rule = f"the triton backend takes hidden of 16 or 32 bits and E up to {_MAX_EXPERTS} (else use the torch backend)"
+    configs.require_supported("score_topk", hidden)
+    ok = hidden.shape[0] <= MAX_ROWS and weight.shape[0] <= _MAX_EXPERTS and weight.shape[1] <= _MAX_WIDTH
+    rule = f"the triton backend takes E up to {_MAX_EXPERTS}, P up to 2^20 and T up to 2^30 (else use the torch backend)"
     require(ok, "score_topk", rule, hidden=hidden, weight=weight)
     return TopK(*_score_topk(hidden, weight, k, score == "sigmoid", renormalize))
 
