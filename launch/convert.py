@@ -11,6 +11,7 @@ logits of both models on real text, prints the largest difference, and writes no
 """
 
 import json
+import math
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -19,6 +20,13 @@ from moe_train.cli import main
 from moe_train.errors import UserError
 
 VERBS = ("to-hf", "from-hf", "upcycle", "swap-router", "modeling")
+OPTIONS = {  # which verbs know them
+    "remote_code": ("to-hf",),
+    "tokenizer": ("from-hf",),
+    "noise": ("upcycle",),
+    "tolerance": ("to-hf", "from-hf", "upcycle"),
+    "memory": ("to-hf",),
+}
 
 
 def run(words: list[str]) -> None:
@@ -50,8 +58,11 @@ def read(words: list[str]) -> Namespace:
     )
     parser.add_argument("--memory", metavar="FILE", type=Path, help="to-hf: append a row with the peak of memory to this file")
     given = parser.parse_intermixed_args(words)
-    if not given.noise >= 0:
-        parser.error("--noise must not be negative")
+    for option, verbs in OPTIONS.items():
+        if given.verb not in verbs and getattr(given, option) != parser.get_default(option):
+            parser.error(f"{given.verb} takes no --{option.replace('_', '-')}")
+    if not 0 <= given.noise < math.inf:
+        parser.error("--noise must be a number of at least 0")
     if not 0 <= given.tolerance < 1:
         parser.error("--tolerance must be at least 0 and below 1")
     if given.verb in ("from-hf", "modeling") and given.overrides:
@@ -102,9 +113,10 @@ def _measured(given: Namespace) -> str:
 
 def _require_transformers() -> None:
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise UserError(f"transformers cannot be imported ({error}); pip install 'moe_train[hf]'") from None
+    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

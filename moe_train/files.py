@@ -9,6 +9,8 @@ from pathlib import Path
 
 from moe_train.errors import UserError
 
+LEFTOVER = f".*.{'[0-9a-f]' * 12}.tmp"  # what a process that was killed in write_atomically leaves, as Path.glob knows it
+
 
 def temporary_beside(path: str | os.PathLike[str]) -> Path:
     """Create an empty file of a unique name in the folder of `path`, so that a rename to `path` stays on one file system."""
@@ -53,12 +55,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     fsync_folder(Path(path).parent)
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to tell a user whose disk refuses a write at or below `path`."""
+def cannot_write(path: Path, error: OSError, other: str = "run.dir") -> UserError:
+    """What to tell a user whose disk refuses a write at or below `path`; `other`: of what another one can be chosen."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = (
-        "make room, and the same command goes on" if full else "make it a folder that can be written, or choose another run.dir"
+        "make room, and the same command goes on"
+        if full
+        else f"make it a folder that can be written, or choose another {other}"
     )
     return UserError(f"{path}: cannot be written: {error.strerror or error}; {free}; {remedy}")

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from moe_train.checkpoint.saver import Saver
 from moe_train.cli import dump, load_run
 from moe_train.config import Config
 from moe_train.data.loader import StepBatch
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.tokenizer import Tokenizer, load_tokenizer
 from moe_train.engine.base import StepResult
 from moe_train.engine.choose import make_engine
 from moe_train.errors import UserError
@@ -34,7 +35,7 @@ from moe_train.faults.guard import Guard
 from moe_train.faults.stragglers import Stragglers
 from moe_train.faults.watchdog import Watchdog
 from moe_train.feed import Feed, Followed, Rows
-from moe_train.files import cannot_write, write_atomically
+from moe_train.files import LEFTOVER, cannot_write, write_atomically
 from moe_train.flops import count_flops, matmul_rate
 from moe_train.generate import Prompt, Sampling, cache_conflicts, generate, with_cache, without_cache
 from moe_train.jobs import note_job
@@ -44,7 +45,7 @@ from moe_train.parallel.mesh import World, start_world
 from moe_train.parallel.watch import RankFailure, Watch
 from moe_train.pretraining import pretraining, settle_vocabulary
 from moe_train.startup import Startup
-from moe_train.stop import Request, StopRequest, agreed
+from moe_train.stop import SAVE_SIGNAL, Request, StopRequest, agreed
 from moe_train.transfer import take_weights
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def train(config: Config, name: str = "run", task: Task | None = None) -> Path:
     `name` is used where the config names no folder.
     """
     startup = Startup()
+    signal.signal(SAVE_SIGNAL, signal.SIG_IGN)  # before the first step there is nothing to save, and it would end the process
     world = start_world(config)
     startup.mark("process group")
     config, tokenizer = settle_vocabulary(config)
@@ -68,7 +70,7 @@ def train(config: Config, name: str = "run", task: Task | None = None) -> Path:
     startup.mark("data")
     folder = Path(str(config.run.dir))
     try:
-        check_model(folder / CONFIG_FILE, config)
+        check_run(folder, config, tokenizer)
         trainer = Trainer(config, world, tokenizer, folder, feed)
         startup.mark("model")
         trainer.resume()
@@ -95,15 +97,25 @@ def settle(config: Config, name: str) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder[0]})})
 
 
-def check_model(path: Path, config: Config) -> None:
-    """Raise UserError where the run of file `path` has another model than `config`; a file that is not there has none."""
-    if not path.exists():
+def check_run(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the run or checkpoint in `folder` has another tokenizer or model; one without a config has none."""
+    if not (folder / CONFIG_FILE).exists():
         return
-    if differ := model_differences(path, config):
+    own = folder / TOKENIZER_FILE  # first: its size is one of the model's
+    if own.exists():
+        check_tokenizer(load_tokenizer(own).fingerprint, folder, config, tokenizer)
+    if differ := model_differences(folder / CONFIG_FILE, config):
         raise UserError(
-            f"{path.parent} holds a run with another model ({path.name}: {'; '.join(differ)}); "
+            f"{folder} holds a run with another model ({CONFIG_FILE}: {'; '.join(differ)}); "
             "choose another run.dir, or give the same model"
         )
+
+
+def check_tokenizer(fingerprint: str | None, folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless `fingerprint`, that of the run or checkpoint in `folder`, is that of `tokenizer`."""
+    if fingerprint != tokenizer.fingerprint:
+        rule = f"not the one of {folder}, whose ids mean something else"
+        raise UserError(f"data.tokenizer={config.data.tokenizer}: {rule}; give {folder / TOKENIZER_FILE}")
 
 
 def model_differences(path: Path, config: Config) -> list[str]:
@@ -117,7 +129,7 @@ def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):
+        for leftover in folder.glob(LEFTOVER):
             leftover.unlink()
         dcp.clean(folder / "checkpoints")
         write_atomically(folder / CONFIG_FILE, dump(config).encode())
@@ -157,13 +169,10 @@ class Trainer:
         path, steps = found[-1], self.config.train.steps
         state = read_manifest(path)
         self.start = state["step"]
-        check_model(path / CONFIG_FILE, self.config)
+        check_tokenizer(state.get("tokenizer"), path, self.config, self.tokenizer)
+        check_run(path, self.config, self.tokenizer)
         if self.start > steps:
             raise UserError(f"train.steps={steps}: {path} is beyond that; raise train.steps, or choose another run.dir")
-        if state.get("tokenizer") != self.tokenizer.fingerprint:
-            raise UserError(
-                f"data.tokenizer={self.config.data.tokenizer}: not the one that {path} was trained with; give that one"
-            )
         self.loader.load_state_dict(state.get("loader"))
         tensors = self.engine.state_dict() | dcp.room(state, "memory", self.engine.keeps)
         dcp.load(path, tensors)
@@ -181,11 +190,8 @@ class Trainer:
         if source is None:
             return
         path = dcp.find(Path(source))
-        state, but = take_weights(self.engine.model, path)
-        if state.get("tokenizer") != self.tokenizer.fingerprint:
-            rule = f"not the one of {path}, whose ids mean something else"
-            remedy = f"give {path / TOKENIZER_FILE}"
-            raise UserError(f"data.tokenizer={self.config.data.tokenizer}: {rule}; {remedy}")
+        check_tokenizer(read_manifest(path).get("tokenizer"), path, self.config, self.tokenizer)
+        but = take_weights(self.engine.model, path)
         self.resumed = f"starts from the weights of {path}"
         if differ := model_differences(path / CONFIG_FILE, self.config):
             self.resumed += f", whose model differs in what is no weight: {'; '.join(differ)}"

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.checkpoint import dcp
-from moe_train.checkpoint.manifest import Manifest, read_manifest
+from moe_train.checkpoint.manifest import read_manifest
 from moe_train.config import ModelConfig
 from moe_train.engine.model import Model
 
 HEAD = "head."
 
 
-def take_weights(model: Model, path: Path) -> tuple[Manifest, str]:
-    """Load the weights of the checkpoint at `path`; its manifest, and what was not taken, for people.
+def take_weights(model: Model, path: Path) -> str:
+    """Load the weights of the checkpoint at `path`; what was not taken, for people.
 
     A classifier's head keeps its initial values. Raises UserError where anything else is missing, left over or of another shape.
     """
@@ -21,11 +21,11 @@ def take_weights(model: Model, path: Path) -> tuple[Manifest, str]:
     wanted = {name: value for name, value in state.items() if not (config.num_classes and name.startswith(HEAD))}
     unread = _unread(config, read_manifest(path)["tensors"])
     tensors: dict[str, Any] = {"model": wanted}
-    manifest = dcp.load(path, tensors, unread)
+    dcp.load(path, tensors, unread)
     model.load_state_dict(state | tensors["model"])
     told = f"; a new head of {config.num_classes} classes" if config.num_classes else ""
     parts = sorted({name.rpartition(".")[2] for name in unread if not name.startswith(f"model.{HEAD}")})
-    return manifest, told + (f"; not read of its routers: {', '.join(parts)}" if parts else "")
+    return told + (f"; not read of its routers: {', '.join(parts)}" if parts else "")
 
 
 def _unread(config: ModelConfig, names: Collection[str]) -> set[str]:

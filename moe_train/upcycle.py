@@ -7,7 +7,7 @@ rows of the gate are equal, top_k is a multiple of G, and `down` is multiplied b
 
     sum_c p_c / G sum_g slice_cg(x) G = sum_c p_c MLP(x) = MLP(x)
 
-Noise, weights that are not renormalised, a shared expert or a capacity change the function, and are said.
+Noise, weights that are not renormalised or a capacity change the function, and are said.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,9 @@ from moe_train.hf.native import Native, empty_decoder, logits_of, new_config, op
 from moe_train.model.decoder import Decoder
 from moe_train.model.init import Normal, draw, initialise
 
+SWAPPED = {"router", "frozen_experts"}  # keys of model that may change
+UPCYCLED = SWAPPED | {"num_experts", "ffn_hidden_size", "dense_ffn_hidden_size", "num_dense_layers", "moe_layer_freq"}
+UPCYCLED |= {"capacity_factor", "drop_policy"}
 ROUTER_PARTS = ("mlp.router.", "shared_router.")
 GATE_ROWS = (
     "bias",
@@ -44,6 +47,7 @@ def upcycle(source: Path, out: Path, overrides: list[str], noise: float = 0.0, t
     Raises UserError, and writes nothing, where a size does not fit, or the function is not what it was and should be.
     """
     native, config = _prepare(source, out, overrides, {"name": "topk"})
+    _require_same(native, config, UPCYCLED, "upcycle changes experts and routers alone")
     slices = _slices(native, config)
     changes = _changes(config, slices, noise)
     same = None if changes else str(source)
@@ -57,9 +61,7 @@ def swap_router(source: Path, out: Path, overrides: list[str]) -> str:
     Everything else is copied. Raises UserError, and writes nothing, where something but the router would change.
     """
     native, config = _prepare(source, out, overrides)
-    there, here = (_but_router(c) for c in (native.config, config))
-    if differ := [f"model.{key}" for key in here if here[key] != there[key]]:
-        raise UserError(f"{', '.join(differ)}: swap-router changes the router and model.frozen_experts alone; leave it out")
+    _require_same(native, config, SWAPPED, "swap-router changes the router and model.frozen_experts alone")
     difference = _write(native, config, out, lambda: _swapped(native, config))
     return f"{difference}; a new router changes the function"
 
@@ -93,8 +95,11 @@ def _write(
     return difference
 
 
-def _but_router(config: Config) -> dict[str, Any]:
-    return config.model.model_dump(exclude={"router", "frozen_experts"})
+def _require_same(native: Native, config: Config, changing: set[str], rule: str) -> None:
+    """Raise UserError where a key of model differs that is not one of `changing`: a weight could be left out and nobody know."""
+    there, here = (c.model.model_dump(exclude=changing) for c in (native.config, config))
+    if differ := [f"model.{key}={here[key]}" for key in here if here[key] != there[key]]:
+        raise UserError(f"{', '.join(differ)}: {rule}; leave it out")
 
 
 def _swapped(native: Native, config: Config) -> Decoder:
@@ -208,8 +213,6 @@ def _changes(config: Config, slices: int, noise: float) -> list[str]:
         found.append(f"model.router.top_k={router.top_k} is no multiple of {slices}, the slices of an MLP")
     if slices > 1 and not _ties(config):
         found.append(f"router {router.name} chooses the {slices} slices of an MLP apart")
-    if model.shared_expert_size:
-        found.append("model.shared_expert_size adds an expert")
     if model.capacity_factor is not None:
         found.append("model.capacity_factor drops choices")
     return found

@@ -47,7 +47,8 @@ def to_hf(
     with whole_folder(out) as folder:
         parameters = _write_weights(native, stock, folder)
         _write_settings(native, stock, folder)
-        write_tokenizer(native.tokenizer, folder, real_text())
+        known = None if stock else remote.make_class(model.router.name).config_class.from_pretrained(folder)
+        write_tokenizer(native.tokenizer, folder, real_text(), known)
         name = stock.class_name if stock else remote.CLASS
         difference = compare(ours, their_logits(folder, json.loads((folder / "config.json").read_text()), tokens))
         require_same(difference, f"{native.path} and its export", tolerance)

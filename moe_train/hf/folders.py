@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,15 +24,23 @@ def whole_folder(out: Path) -> Iterator[Path]:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     except OSError as error:
-        raise cannot_write(out, error) from error
+        raise cannot_write(out, error, "OUT") from error
     try:
         yield work
         work.chmod(0o755)
         os.rename(work, out)
-    except OSError as error:
-        if error.errno is None:  # a library's own, which is not the disk's
+    except Exception as error:
+        if (refused := _refusal(error)) is None:
             raise
-        raise cannot_write(out, error) from error
+        raise cannot_write(out, refused, "OUT") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     fsync_folder(out.absolute().parent)
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """What the disk said, if an error is the disk's: safetensors and tokenizers, written in Rust, have errors of their own."""
+    if isinstance(error, OSError):
+        return None if error.errno is None else error  # a library's own has none
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(said[1]), os.strerror(int(said[1]))) if said else None

@@ -50,7 +50,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings["model_type"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read as the config.json of a model: {error}") from None
+        raise UserError(
+            f"{file}: cannot be read as the config.json of a model: {error}; give a folder of transformers"
+        ) from None
     tensor_files(folder)
     if kind == "moe_train":
         return dict(settings)

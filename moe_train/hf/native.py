@@ -16,6 +16,7 @@ from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli import dump, load_run, merge, parse
 from moe_train.config import Config
 from moe_train.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moe_train.errors import UserError
 from moe_train.evaluate import CONFIG_FILE, PLAIN, TOKENIZER_FILE, require_language_model
 from moe_train.hf.folders import whole_folder
 from moe_train.model.attention import find_segments
@@ -41,8 +42,16 @@ class Native:
         return {tensor.name: tensor for tensor in logical_tensors(self.path)}
 
     def build(self) -> Decoder:
-        """The decoder with its weights."""
+        """The decoder with its weights. Raises UserError where they are not those of the config, which may have been overridden."""
         tensors = self.tensors
+        there = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        wanted = {name: list(value.shape) for name, value in empty_decoder(self.config).state_dict().items()}
+        if differ := [name for name in there | wanted if there.get(name) != wanted.get(name)]:
+            first = differ[0]
+            rule = (
+                f"{first} is {there.get(first, 'not there')}, and {wanted.get(first, 'not there')} in the model of the config"
+            )
+            raise UserError(f"{self.path}: {rule}; leave out the keys of model that it was not trained with")
         return build(self.config, lambda name: tensors[name].load())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_train.config import Conflict, ModelConfig
 from moe_train.errors import UserError
+from moe_train.files import cannot_write, write_atomically
 from moe_train.hf.flatten import Flattener
 from moe_train.hf.stock import block_conflict, export_conflicts
 from moe_train.model.routing import Router, router_class
@@ -108,6 +109,11 @@ def write_modeling(router: str, out: Path) -> int:
     """Write the modeling file for that router to `out`; its number of lines."""
     if router not in EXPORTABLE:
         raise UserError(f"{router}: has no modeling file; the routers that have one are {', '.join(EXPORTABLE)}")
+    if out.exists():
+        raise UserError(f"{out}: is there already; choose another file, or remove it")
     code = modeling_code(router)
-    out.write_text(code, encoding="utf-8")
+    try:
+        write_atomically(out, code.encode())
+    except OSError as error:
+        raise cannot_write(out, error, "OUT") from error
     return len(code.splitlines())

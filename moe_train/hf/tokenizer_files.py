@@ -19,8 +19,11 @@ SPACE = "\u2581"
 IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # the parts of a tokenizer.json that decide the ids
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, text: str) -> None:
-    """Write the files that transformers loads a tokenizer from. Raises RuntimeError where it would give other ids for `text`."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, text: str, config: Any = None) -> None:
+    """Write the files that transformers loads a tokenizer from. Raises RuntimeError where it would give other ids for `text`.
+
+    `config`: the model's, where transformers knows none of that type.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     backend, end = _fast(tokenizer)
@@ -32,7 +35,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, text: str) -> None:
         tokenizer.save(folder / JSON_FILE)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.save(folder / MODEL_FILE)
-    written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    written = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if written(text)["input_ids"] != tokenizer.encode(text).tolist() or written.eos_token_id != tokenizer.eod:
         raise RuntimeError(f"the {tokenizer.name} tokenizer and its tokenizer.json give other ids; this is a bug")
 

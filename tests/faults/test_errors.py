@@ -17,8 +17,10 @@ from torchruns import Torchrun
 
 from moe_train.checkpoint import dcp
 from moe_train.checkpoint.manifest import read_manifest
+from moe_train.data.characters import CharacterTokenizer
 from moe_train.data.indexed import HEADER, MAGIC
 from moe_train.data.loader import Loader
+from moe_train.data.writer import DatasetWriter
 from moe_train.errors import UserError
 
 SHARD = "__0_0.distcp"
@@ -80,8 +82,14 @@ MISTAKES = {
     "batch": (["train.global_batch_size=10"], ("must be a multiple of train.micro_batch_size=4", "change")),
     "rows longer than the data": (["train.seq_len=1000000"], ("fewer than one row of 1000000", "lower train.seq_len")),
     "no device": (["train.device=cuda"], ("no CUDA device", "use auto or cpu")),
-    "no data": (["data.train=/nowhere/text"], ("/nowhere/text.idx does not exist", "named by its path without")),
-    "no validation data": (["data.valid=/nowhere/text"], ("/nowhere/text.idx does not exist", "named by its path without")),
+    "no data": (
+        ["data.train=/nowhere/text"],
+        ("data.train=/nowhere/text: dataset file /nowhere/text.idx does not exist", "named by its path without"),
+    ),
+    "no validation data": (
+        ["data.valid=/nowhere/text"],
+        ("data.valid=/nowhere/text: dataset file /nowhere/text.idx does not exist", "named by its path without"),
+    ),
     "no tokenizer": (["data.tokenizer=/nowhere/bpe.model"], ("/nowhere/bpe.model",)),
     "small vocabulary": (["model.vocab_size=8"], ("model.vocab_size=8: smaller than the 257 ids", "raise it, or leave it out")),
 }
@@ -163,8 +171,8 @@ def test_data_that_only_one_rank_finds_damaged(words: list[str], tmp_path: Path)
     [
         ("model.hidden_size=64", ("holds a run with another model", "model.hidden_size=32 there, 64 here", "another run.dir")),
         ("model.router.name=topk", ("holds a run with another model", "model.router.name=recurrent there, topk here")),
-        ("train.seq_len=16", ("train.seq_len is 16 but was 32", "set it back, or start a new run")),
-        ("run.seed=1", ("the data seed is 1 but was 0", "set it back, or start a new run")),
+        ("train.seq_len=16", ("train.seq_len=16: was 32", "set it back, or start a new run")),
+        ("run.seed=1", ("run.seed=1: was 0", "set it back, or start a new run")),
         ("train.steps=2", ("train.steps=2", "step-00000004 is beyond that", "raise train.steps")),
         ("data.train={other}", ("is not the one that the run was saved with", "give the same data")),
     ],
@@ -174,6 +182,26 @@ def test_the_folder_of_another_run(wrong: str, parts: tuple[str, ...], run: Path
     before = content(run)
     assert_refused([*words, wrong.format(other=other), f"run.dir={run}"], parts)
     assert content(run) == before
+
+
+def test_the_folder_of_a_run_with_another_tokenizer(run: Path, words: list[str], tmp_path: Path) -> None:
+    """Its size is one of the model's, which is not what the user has to correct."""
+    tokenizer = CharacterTokenizer.read([b"def x = 1"])
+    tokenizer.save(tmp_path / "characters")
+    with DatasetWriter(tmp_path / "other", tokenizer) as writer:
+        for _ in range(100):
+            writer.add_text("def x = 1")
+    keys = [f"data.{split}={tmp_path / 'other'}" for split in ("train", "valid", "test")]
+    keys = [*words, *keys, f"data.tokenizer={tmp_path / 'characters'}"]
+    before = content(run)
+    for key, folder in ((f"run.dir={run}", run), (f"checkpoint.init_from={run}", newest(run))):
+        parts = (f"data.tokenizer={tmp_path / 'characters'}: not the one of {folder}, ", f"give {folder / 'tokenizer'}")
+        assert_refused([*keys, f"run.dir={tmp_path / 'new'}", key], parts)
+    (run / "config.yaml").unlink()  # only the checkpoint knows
+    parts = (f"data.tokenizer={tmp_path / 'characters'}: not the one of {newest(run)}, ", "ids mean something else")
+    assert_refused([*keys, f"run.dir={run}"], parts)
+    assert content(run).items() <= before.items()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_folder_that_is_a_file(words: list[str], tmp_path: Path) -> None:
@@ -306,17 +334,17 @@ def test_a_disk_with_room_for_one_checkpoint(disk: Disk, trained: Path, words: l
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_is_full_for_a_while(asynchronous: bool, disk: Disk, trained: Path, words: list[str]) -> None:
     """Training goes on; each save until there is room is one line; every one after it succeeds."""
-    disk.mount(20 * size_of(newest(trained)))
+    disk.mount(30 * size_of(newest(trained)))
     disk.fill()
-    own = ["train.steps=30", "checkpoint.keep_last=30", f"checkpoint.asynchronous={asynchronous}"]
+    own = ["train.steps=40", "checkpoint.keep_last=40", f"checkpoint.asynchronous={asynchronous}"]
     run = Launch("pretrain", *words, *own, f"run.dir={disk.path.parent}")
     wait_for(run, "warning: step 2 is not saved")
     (disk.path / "ballast").unlink()
     assert run.wait() == 0, run.stderr
-    assert [row["step"] for row in rows(disk.path.parent)] == list(range(1, 31))
+    assert [row["step"] for row in rows(disk.path.parent)] == list(range(1, 41))
     warned = [int(line.split()[2]) for line in run.stdout.splitlines() if line.startswith("warning: ")]
     saved = [dcp.step_of(path) for path in dcp.checkpoints(disk.path)]
-    assert warned + saved == list(range(2, 31, 2))
+    assert warned + saved == list(range(2, 41, 2))
     assert saved
 
 

@@ -163,7 +163,8 @@ def test_forged_states(saved: Saved, examples: int) -> None:
 def test_a_checkpoint_of_another_tokenizer_is_refused(saved: Saved) -> None:
     reseal(saved.write(saved.files), lambda content: content | {"tokenizer": "bytes-258"})
     message = str(outcome(lambda: saved.open("resume")))
-    assert message == f"data.tokenizer=bytes: not the one that {saved.folder} was trained with; give that one"
+    rule = f"not the one of {saved.folder}, whose ids mean something else"
+    assert message == f"data.tokenizer=bytes: {rule}; give {saved.folder / 'tokenizer'}"
 
 
 def test_a_checkpoint_is_named_in_the_message(saved: Saved) -> None:

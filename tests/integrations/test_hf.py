@@ -321,11 +321,19 @@ def test_their_models_come_and_go_bitwise(stock: Any, tmp_path: Path) -> None:
     assert open_native(tmp_path / "older").config.model == open_native(tmp_path / "ours").config.model
 
 
-def test_the_command_says_the_difference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--remote-code"]], ids=["stock", "remote"])
+def test_the_command_says_the_difference_and_nothing_else(options: list[str], tmp_path: Path) -> None:
+    """No bars of progress, and no warning of transformers that it does not know the model."""
     native = write_checkpoint(tmp_path / "native", router=TOPK)
-    for words in (("to-hf", str(native.path), str(tmp_path / "hf")), ("from-hf", str(tmp_path / "hf"), str(tmp_path / "back"))):
+    calls = (
+        ("to-hf", str(native.path), str(tmp_path / "hf"), *options),
+        ("from-hf", str(tmp_path / "hf"), str(tmp_path / "back")),
+    )
+    for words in calls:
         done = launch("convert", *words)
         assert done.returncode == 0, done.stderr
+        assert not [line for line in done.stderr.splitlines() if not line.startswith("kernels: ")]
+        assert len(done.stdout.splitlines()) == 1
         said = re.search(r": largest difference of logits (\S+), of (\S+), on 192 tokens of real text", done.stdout)
         assert said is not None
         assert float(said[1]) <= 1e-5 * float(said[2])

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from hf_models import write_checkpoint
+from launches import launch
 from models import config_of
 
 from moe_train.cli import parse
 from moe_train.errors import UserError
 from moe_train.hf import remote
 from moe_train.hf.folders import whole_folder
+from moe_train.hf.native import open_native
 from moe_train.hf.stock import find_stock
 from moe_train.routers import registry
 
@@ -41,6 +45,43 @@ def test_the_modeling_file_is_written_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="smear: has no modeling file; the routers that have one are topk, recurrent"):
         remote.write_modeling("smear", tmp_path / "other.py")
     assert not (tmp_path / "other.py").exists()
+    with pytest.raises(UserError, match=r"modeling.py: is there already; choose another file"):
+        remote.write_modeling("topk", tmp_path / "modeling.py")
+    assert (tmp_path / "modeling.py").read_text() == written
+    with pytest.raises(UserError, match=r"cannot be written: .*; make it a folder that can be written, or choose another OUT"):
+        remote.write_modeling("topk", tmp_path / "modeling.py" / "inside.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["to-hf", "--noise=1"], "to-hf takes no --noise"),
+        (["from-hf", "--remote-code"], "from-hf takes no --remote-code"),
+        (["upcycle", "--tokenizer=bytes"], "upcycle takes no --tokenizer"),
+        (["swap-router", "--tolerance=0.1"], "swap-router takes no --tolerance"),
+        (["modeling", "--memory=x"], "modeling takes no --memory"),
+        (["upcycle", "--noise=inf"], "--noise must be a number"),
+    ],
+)
+def test_options_of_another_verb_are_refused(words: list[str], parts: str) -> None:
+    done = launch("convert", words[0], "source", "out", *words[1:])
+    assert done.returncode == 2
+    assert parts in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("model.hidden_size=16", r"embedding.weight is \[320, 32\], and \[320, 16\] in"),
+        ("model.num_layers=2", "layers.2.* is .*, and not there in"),
+        ("model.num_layers=4", "layers.3.* is not there, and .* in"),
+    ],
+)
+def test_weights_of_another_model_than_the_overrides_say(word: str, found: str, tmp_path: Path) -> None:
+    """A layer without a place would be left out of an export, and its logits would agree."""
+    source = write_checkpoint(tmp_path / "source", router={"name": "recurrent", "router_size": 8})
+    with pytest.raises(UserError, match=f"{found} the model of the config; leave out the keys of model"):
+        open_native(source.path, [word]).build()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +149,11 @@ def _fill(folder: Path) -> None:
 def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out: cannot be written: No space"), whole_folder(tmp_path / "out") as work:
         _fill(work)
+    with pytest.raises(UserError, match="out: cannot be written: No such file"), whole_folder(tmp_path / "out") as work:
+        safetensors.torch.save_file({"x": torch.zeros(1)}, work / "nowhere" / "file")  # no OSError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="a bug"), whole_folder(tmp_path / "out"):
+        raise ValueError("a bug")
     assert not list(tmp_path.iterdir())
     with whole_folder(tmp_path / "out") as work:
         (work / "file").write_text("whole")

@@ -70,11 +70,17 @@ def test_a_run_that_is_done_evaluates_again_and_changes_no_row(run: Path, words:
     before = rows(run), rows(run, "eval")
     left = run / "checkpoints" / ".tmp-step-00000008"  # by a killed save
     left.mkdir()
+    torn, mine = run / ".config.yaml.0123456789ab.tmp", run / ".notes.tmp"
+    torn.touch()
+    mine.touch()
     done = launch("pretrain", *words, f"run.dir={run}")
     assert done.returncode == 0, done.stderr
     assert "resumed at step 6" in done.stdout
     assert (rows(run), rows(run, "eval")) == before
     assert not left.exists()
+    assert not torn.exists()
+    assert mine.exists()  # not of a run
+    mine.unlink()
 
 
 def test_checkpoints_that_are_kept(words: list[str], tmp_path: Path) -> None:
@@ -209,11 +215,12 @@ def test_a_model_that_is_not_causal_is_said_at_the_start(
         caplog.clear()
         monkeypatch.setattr(trainer, "start_world", lambda config, main=main: SimpleNamespace(main=main))
         monkeypatch.setattr(trainer, "settle", lambda config, name: config)
-        monkeypatch.setattr(trainer, "check_model", stop)
+        monkeypatch.setattr(trainer, "check_run", stop)
         router = {"name": "acmoe", "causal": False}
         config = parse({"run": {"dir": "nowhere"}, "model": {"router": router, "vocab_size": 320}}, "test")
         with pytest.raises(SystemExit):
             trainer.train(config, task=lambda config, *_: (config, None))
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN  # it would end a run that has not begun
         assert [r.getMessage().startswith("not a causal model: model.router.causal=false") for r in caplog.records] == [
             True
         ] * said

@@ -52,6 +52,11 @@ def test_the_function_is_preserved(words: list[str], tmp_path: Path) -> None:
     assert made.config.checkpoint.init_from == str(tmp_path / "experts")
 
 
+def test_a_shared_expert_stays(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "dense", **ONE, shared_expert_size=8)
+    assert "changes" not in upcycle(source.path, tmp_path / "experts", TOP2)
+
+
 def test_dense_layers_become_experts(tmp_path: Path) -> None:
     router = {"name": "topk", "top_k": 1, "renormalize": False}
     mixed: dict[str, Any] = {"num_experts": 1, "ffn_hidden_size": 32, "moe_layer_freq": [0, 1, 0], "router": router}
@@ -95,13 +100,14 @@ def test_noise_makes_experts_differ_and_is_reproducible(tmp_path: Path) -> None:
     [
         ([*TOP2, "model.ffn_hidden_size=12"], "model.ffn_hidden_size=12: must be a part of the MLPs' width, 32"),
         (["model.num_experts=3", "model.ffn_hidden_size=16"], "model.num_experts=3: must be a multiple of 2"),
-        ([*TOP2, "model.hidden_size=64"], "give the source's own sizes"),
+        ([*TOP2, "model.hidden_size=64"], "model.hidden_size=64: upcycle changes experts and routers alone"),
+        ([*TOP2, "model.num_layers=2", "model.tie_embeddings=true"], "model.num_layers=2, model.tie_embeddings=True: upcycle"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "dense", **ONE)
     with pytest.raises(UserError, match=message):
-        upcycle(source.path, tmp_path / "experts", words)
+        upcycle(source.path, tmp_path / "experts", words, noise=0.1)  # with which no logits are compared
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
@@ -138,7 +144,7 @@ def test_another_router_leaves_all_else(frozen: bool, tmp_path: Path) -> None:
 
 def test_only_the_router_is_swapped(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "topk", router={"name": "topk"})
-    with pytest.raises(UserError, match=r"model\.num_experts: swap-router changes the router"):
+    with pytest.raises(UserError, match=r"model\.num_experts=8: swap-router changes the router"):
         swap_router(source.path, tmp_path / "out", ["model.router={name: recurrent}", "model.num_experts=8"])
     assert not (tmp_path / "out").exists()
 
