@@ -44,7 +44,7 @@ def read(words: list[str]) -> Namespace:
     prepare = kinds.add_parser("prepare")
     prepare.add_argument("--tokenizer", metavar="bytes|FILE", default="bytes")
     prepare.add_argument("--megabytes", type=float, default=20, help="of text (default: 20)")
-    prepare.add_argument("--workers", type=int, default=1)
+    prepare.add_argument("--workers", type=int, default=1, help="processes (default: 1); each wants 32 MB of text")
     prepare.add_argument("--document-bytes", type=int, help="cut longer documents (default: files of the corpus as they are)")
     loader = kinds.add_parser("loader")
     loader.add_argument("config", type=Path)

@@ -139,7 +139,7 @@ def _parser() -> ArgumentParser:
 
 
 def _tokenizer(given: Namespace, inputs: Inputs) -> Tokenizer:
-    texts = (document.whole() for document in inputs.documents())
+    texts = inputs.texts()
     if given.train_sentencepiece is not None:
         return train_sentencepiece(texts, None, given.train_sentencepiece)
     if given.tokenizer == CharacterTokenizer.name:

@@ -85,4 +85,5 @@ def eval_rows(config: Config, world: World, tokenizer: Tokenizer, split: str, ma
         vocab_size=config.model.vocab_size,
         tokenizer=tokenizer,
         streams=config.train.global_batch_size if config.train.memory else None,
+        key=f"data.{split}",
     )

@@ -75,7 +75,7 @@ class Loader:
     ) -> None:
         _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
         check_batch(global_batch_size, micro_batch_size, dp_size)
-        self._stream = TokenStream(prefixes, vocab_size, tokenizer)
+        self._stream = TokenStream(prefixes, vocab_size, tokenizer, "data.train")
         self._seq_len, self._micro_batch_size, self._global_batch_size = seq_len, micro_batch_size, global_batch_size
         self._seed, self._dp_rank, self._dp_size = seed, dp_rank, dp_size
         self._cursor = 0  # samples taken since the start of the run, by all ranks
@@ -163,13 +163,16 @@ class Loader:
             raise UserError(f"loader state {state!r} is no place in the data; start from another checkpoint")
         for key, name in (
             ("seq_len", "train.seq_len"),
-            ("seed", "the data seed"),
-            ("streams", "the number of contiguous streams"),
+            ("seed", "run.seed"),
+            ("streams", "train.global_batch_size"),  # as many contiguous streams as a batch has rows
         ):
-            if blended.get(key) != mine.get(key):
+            now, then = mine.get(key), blended.get(key)
+            if key == "streams" and (now is None) != (then is None):
+                name, now, then = "data.order", *("contiguous" if found else "shuffled" for found in (now, then))
+            if now != then:
                 raise UserError(
-                    f"{name} is {mine.get(key)} but was {blended.get(key)} when the run was saved; the place in the data would be "
-                    "lost: set it back, or start a new run"
+                    f"{name}={now}: was {then} when the run was saved; the place in the data would be lost: set it back, or "
+                    "start a new run"
                 )
         if self._blended:
             self._mixture.load(blended["sources"])
@@ -198,7 +201,7 @@ class EvalRows:
     `streams`, a multiple of all ranks' rows of a micro-batch, the rows are cut into so many contiguous streams side by side, dealt as
     the Loader deals them: rows of micro-batch i continue those of micro-batch i - n, n of them being a row of every stream. With a
     `stride` each row starts so many tokens after the one before, and all but the first have targets in their last `stride` places
-    alone: every token is predicted once, from the `seq_len - stride` tokens before it at least.
+    alone: every token is predicted once, from the `seq_len - stride` tokens before it at least. Errors name the `key` of the prefixes.
     """
 
     def __init__(
@@ -214,9 +217,10 @@ class EvalRows:
         tokenizer: Tokenizer | None = None,
         streams: int | None = None,
         stride: int | None = None,
+        key: str | None = None,
     ) -> None:
         _check_sizes(seq_len, micro_batch_size, dp_rank, dp_size)
-        self._stream = TokenStream(prefixes, vocab_size, tokenizer)
+        self._stream = TokenStream(prefixes, vocab_size, tokenizer, key)
         if self._stream.num_tokens < 2:
             raise UserError(f"dataset {self._stream.datasets[0].prefix} has fewer than 2 tokens; there is nothing to predict")
         if max_rows is not None and max_rows < 1:

@@ -207,16 +207,17 @@ def _write(part: Part, inputs: Inputs, tokenizer: Tokenizer) -> Summary:
     with contextlib.ExitStack() as stack:
         writer: DatasetWriter | None = None
         for piece in part.pieces:
-            for document in inputs.read(piece):
-                summary.skipped += document.skipped
-                summary.empty += not document.text and not document.skipped
-                if not document.text:
+            for batch in inputs.read(piece):
+                summary.add(Summary(empty=batch.empty, invalid=batch.invalid, skipped=batch.skipped))
+                if not batch.texts:
                     continue
-                summary.invalid += not document.valid
                 if writer is None:
                     writer = stack.enter_context(DatasetWriter(part.prefix, tokenizer, save_tokenizer=False))
-                place = partial(inputs.place, piece, document.line)
-                writer.add_text(document.text, document.label, document.rest, place)
+                place = partial(inputs.place, piece, batch)
+                if batch.rest:
+                    writer.add_text(batch.texts[0], batch.labels[0], batch.rest, place)
+                else:
+                    writer.add_texts(batch.texts, batch.labels, place)
     if writer is not None:
         summary.documents, summary.tokens, summary.bytes_of_text = writer.num_documents, writer.num_tokens, writer.num_bytes
     done = {"key": part.key, "summary": asdict(summary)}

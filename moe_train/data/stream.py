@@ -7,7 +7,7 @@ import glob
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -27,16 +27,23 @@ class TokenStream:
     `sources` says which datasets each prefix stands for, as (first, last + 1).
 
     `vocab_size` is the model's and `tokenizer` the run's, for the checks of IndexedDataset. Raises UserError when a dataset
-    cannot be read, does not fit them, or was made with another tokenizer than the rest.
+    cannot be read, does not fit them, or was made with another tokenizer than the rest; `key` is where its prefix stands.
     """
 
-    def __init__(self, prefixes: Prefixes, vocab_size: int | None = None, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, prefixes: Prefixes, vocab_size: int | None = None, tokenizer: Tokenizer | None = None, key: str | None = None
+    ) -> None:
         names = [prefixes] if isinstance(prefixes, str | os.PathLike) else list(prefixes)
         if not names:
             raise UserError("no dataset was named; give at least one prefix of a .bin and .idx file")
-        shards = [_shards(name) for name in names]
-        self.datasets = [IndexedDataset(shard, vocab_size, tokenizer) for found in shards for shard in found]
-        ends = list(accumulate(map(len, shards)))
+        found: list[list[IndexedDataset]] = []
+        for name in names:
+            try:
+                found.append([IndexedDataset(shard, vocab_size, tokenizer) for shard in _shards(name)])
+            except UserError as error:
+                raise (error if key is None else UserError(f"{key}={os.fspath(name)}: {error}")) from None
+        self.datasets = list(chain.from_iterable(found))
+        ends = list(accumulate(map(len, found)))
         self.sources = list(zip([0, *ends], ends, strict=False))
         self._starts = [0, *accumulate(d.num_tokens for d in self.datasets)]
         self.num_tokens = self._starts[-1]

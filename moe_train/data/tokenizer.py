@@ -12,8 +12,9 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ Ids = npt.NDArray[np.integer]
 CHUNK_CHARACTERS = 2000
 MAX_TRAINING_CHUNKS = 200_000
 MERGED_AT_ONCE = 1000  # bytes of a text that SentencePiece gets at a time, where it can be cut
+ENCODED_TOGETHER = 16  # texts that are worth one call
 
 
 class Tokenizer(ABC):
@@ -46,6 +48,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str | bytes) -> Ids:
         """Return the ids of a text, 1-D. Raises UserError for a str with lone surrogates, and for what has no ids."""
+
+    def encode_each(self, texts: Sequence[bytes]) -> Iterator[Ids]:
+        """Yield the ids of one text after the other. An error of `encode` comes behind the ids of the texts before it."""
+        return map(self.encode, texts)
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
@@ -253,6 +259,19 @@ class SentencePieceTokenizer(PieceTokenizer):
             [self._spell(part) if i % 2 else self._encode_plain(part.encode()) for i, part in enumerate(_SPELLED.split(text))]
         )
 
+    def encode_each(self, texts: Sequence[bytes]) -> Iterator[Ids]:
+        """Yield what `encode` returns for each text. Those that it would hand to SentencePiece as they are go there in one call.
+
+        That call starts a thread, which is worth it for many texts.
+        """
+        direct = [len(text) <= MERGED_AT_ONCE and text.isascii() and not self.prefix for text in texts]
+        if sum(direct) < ENCODED_TOGETHER:
+            yield from map(self.encode, texts)
+            return
+        together = iter(self._processor.encode([*compress(texts, direct)], return_type="numpy", num_threads=1))
+        for text, is_direct in zip(texts, direct, strict=True):
+            yield next(together) if is_direct else self.encode(text)
+
     def cut(self, text: bytes) -> int:
         """Return the last place before a space that no piece has inside of it, so that nothing is merged across it."""
         at = 0 if self.prefix or not self._ends else len(text)
@@ -278,7 +297,10 @@ class SentencePieceTokenizer(PieceTokenizer):
 
     def _encode_plain(self, raw: bytes) -> npt.NDArray[np.int32]:
         """Encode valid UTF-8 in blocks that end at a cut: merging takes longer for a byte of a long text than of a short one."""
-        encode, found, start = self._processor.encode, [], 0
+        encode = self._processor.encode
+        if len(raw) <= MERGED_AT_ONCE:
+            return encode(raw, return_type="numpy")
+        found, start = [], 0
         while len(raw) - start > MERGED_AT_ONCE and (stop := self._next_cut(raw, start + MERGED_AT_ONCE)) is not None:
             found.append(encode(raw[start:stop], return_type="numpy"))  # arrays make no Python integer for each token
             start = stop

@@ -1,5 +1,6 @@
 """The benchmark of preparation: what it compares, and what a row says."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,11 @@ def test_preparation_is_measured_in_pairs_with_a_loop_over_the_same_documents(
     assert row["megabytes"] == pytest.approx(0.03, rel=0.1)
     assert 0 < row["share_of_bare_least"] <= row["share_of_bare"] <= row["share_of_bare_most"]
     assert "share_of_bare" not in benchmark_data.measure_prepare("bytes", 0.01, 1)
+
+
+@pytest.mark.slow
+def test_several_workers_are_measured_beside_as_many_processes_of_the_loop(tmp_path: Path) -> None:
+    train_sentencepiece([f"some words {i}\n" for i in range(200)], tmp_path / "t.model", 300)
+    texts = [f"some words {i} " * 20 for i in range(4000)]
+    alone = benchmark_data._bare_seconds(str(tmp_path / "t.model"), texts, 1, time.perf_counter)
+    assert alone / 20 < benchmark_data._bare_seconds(str(tmp_path / "t.model"), texts, 2, time.perf_counter) < 2 * alone

@@ -1,15 +1,21 @@
 """Texts with classes: the published files' forms, what is said of wrong ones, and the measure."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
+from moe_train.data.loader import MicroBatch
 from moe_train.data.stream import NO_TARGET
 from moe_train.data.tokenizer import ByteTokenizer
+from moe_train.engine.model import Model
 from moe_train.errors import UserError
+from moe_train.finetune import accuracy
 from moe_train.finetune.accuracy import report_classes
 from moe_train.finetune.examples import gather
 from moe_train.finetune.labelled import class_names, encode_labelled, read_labelled, without_middle
@@ -92,6 +98,25 @@ def test_the_class_is_predicted_at_the_end_of_the_text_however_long_it_is(tmp_pa
     assert found.tokens.tolist() == [*b"abcde", BYTES.eod, *b"xy", BYTES.eod]
     assert found.targets.tolist() == [*[NO_TARGET] * 5, 1, NO_TARGET, NO_TARGET, 0]
     assert found.told == "x: 2 examples, 1 longer than 6 tokens truncated"
+
+
+def test_a_confusion_counts_what_each_class_was_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """True classes by row, predicted ones by column; places without a class count for nothing."""
+    monkeypatch.setattr(accuracy.dist, "all_reduce", lambda counts: None)
+    taken_for = torch.tensor([[0, 1], [0, 1], [1, 2], [2, 2], [NO_TARGET, 0]])
+    output = SimpleNamespace(logits=5.0 * torch.nn.functional.one_hot(taken_for[:, 1], 3)[None])
+    model = SimpleNamespace(
+        train=lambda mode: None,
+        reshard=lambda: None,
+        world=SimpleNamespace(device=torch.device("cpu")),
+        layout=SimpleNamespace(at=lambda axis: 0),
+        batch_info=lambda micro: SimpleNamespace(context=lambda found: found),
+        forward=lambda info, targets: output,
+    )
+    micro = SimpleNamespace(targets=taken_for[None, :, 0])
+    counts, nats = accuracy.confusion(cast(Model, model), [cast(MicroBatch, micro)] * 2, 3)
+    assert counts.tolist() == [[0, 4, 0], [0, 0, 2], [0, 0, 2]]
+    assert nats == pytest.approx(2 * (4 * math.log(math.exp(5) + 2) - 5))
 
 
 def test_figures_of_a_confusion() -> None:

@@ -276,6 +276,18 @@ def test_epochs_see_each_row_once_and_the_last_step_is_filled_with_rows_without_
         source.next_step()
 
 
+def test_the_seed_decides_what_shares_a_row_and_the_order_of_rows(examples: Examples) -> None:
+    made, orders = [], []
+    for seed in (3, 3, 4):
+        source = loader(examples, seed=seed)
+        learned = [tuple(micro.targets[micro.targets != NO_TARGET].tolist()) for micro in source.rows]
+        seen = [micro for _ in range(3) for micro in source.next_step().microbatches]
+        made.append(set(learned))
+        orders.append([learned.index(tuple(micro.targets[micro.targets != NO_TARGET].tolist())) for micro in seen])
+    assert made[0] == made[1] != made[2]
+    assert orders[0] == orders[1] != orders[2]
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks_together_get_the_step_of_one(size: int, examples: Examples) -> None:
     one, ranks = loader(examples), [loader(examples, dp_rank=rank, dp_size=size) for rank in range(size)]

@@ -244,12 +244,22 @@ def test_a_state_is_small_and_the_same_on_all_ranks(prefix):
     assert len(json.dumps(states[0])) < 1000
 
 
+def test_the_key_of_a_dataset_that_cannot_be_read_is_named(prefix, tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(UserError, match=rf"^data\.train={gone}: dataset file {gone}\.idx does not exist"):
+        loader([prefix, gone])
+    with pytest.raises(UserError, match=rf"^data\.test={gone}-\*: dataset .* no \.idx file matches"):
+        EvalRows(f"{gone}-*", seq_len=8, micro_batch_size=1, key="data.test")
+    with pytest.raises(UserError, match=rf"^dataset file {gone}\.idx"):
+        EvalRows(gone, seq_len=8, micro_batch_size=1)
+
+
 def test_resuming_with_something_else_says_what_changed(prefix, tmp_path):
     state = loader(prefix).state_dict()
     other = write(tmp_path / "other", random_documents(200, seed=9))
     for source, match in (
-        (loader(prefix, seq_len=8), r"train\.seq_len is 8 but was 16"),
-        (loader(prefix, seed=4), "seed is 4 but was 3"),
+        (loader(prefix, seq_len=8), r"train\.seq_len=8: was 16 when the run was saved"),
+        (loader(prefix, seed=4), r"run\.seed=4: was 3"),
         (loader(other), "is not the one that the run was saved with"),
         (loader([prefix, other]), "saved with 1 datasets, now there are 2"),
     ):

@@ -212,10 +212,13 @@ def test_streams_go_on_after_a_resume_and_only_with_the_same_batch(prefixes):
     step, part = source.next_step(), again.next_step()
     assert as_dict(part.microbatches[0])["tokens"] == as_dict(step.microbatches[0])["tokens"][1:2]
     assert part.continues
-    for options in ({"global_batch_size": 8}, {"contiguous": False}):
-        with pytest.raises(UserError, match="contiguous streams is"):
+    for options, match in (
+        ({"global_batch_size": 8}, r"train\.global_batch_size=8: was \d+ when"),
+        ({"contiguous": False}, r"data\.order=shuffled: was contiguous when"),
+    ):
+        with pytest.raises(UserError, match=match):
             resumed(loader(prefixes, None, **{"contiguous": True, **options}), source)
-    with pytest.raises(UserError, match="contiguous streams is"):
+    with pytest.raises(UserError, match=r"data\.order=contiguous: was shuffled when"):
         resumed(loader(prefixes, None, contiguous=True), loader(prefixes, None))
     with pytest.raises(UserError, match="cannot continue each other"):
         loader(prefixes, contiguous=True)

@@ -88,7 +88,7 @@ def test_ranges_cut_lines_nowhere(tmp_path, monkeypatch, size):
     if size > 1:  # a part per byte is a file per byte
         prepare(Inputs([path]), tmp_path / "two", ByteTokenizer())
         assert content(tmp_path / "two") == content(tmp_path / "one")
-    read = [document.text for piece in pieces for document in Inputs([path]).read(piece) if document.text]
+    read = [text for piece in pieces for batch in Inputs([path]).read(piece) for text in batch.texts]
     assert read == texts(tmp_path / "one")
 
 
