@@ -16,7 +16,7 @@ from typing import Any, Self, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from moe_train.checkpoint import dcp
 
@@ -59,12 +59,9 @@ class Saver:
         self.folder, self.asynchronous, self.last, self.every = folder, asynchronous, last, every
         self.device, self.lost = device, lost
         self._timeout = timedelta(seconds=timeout_seconds)
-        pinned = device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
-            )
-        )
+        self._pinned = device.type == "cuda"
+        # Not DefaultStager around it: torch 2.11's lets go of the memory after each copy, and cannot copy a second time.
+        self._stager = StateDictStager(pin_memory=self._pinned, share_memory=False)
         self._group: dcp.Group = None
         self._job: Job | None = None
 
@@ -107,7 +104,7 @@ class Saver:
         """Begin to save (arguments: `dcp.save`); `tensors` may change when this returns. The save before must have been waited for."""
         assert self._job is None
         if self.asynchronous:
-            tensors = cast(dict[str, Any], self._stager.stage(tensors))
+            tensors = self._copy(tensors)
 
         def write() -> None:
             if self.device.type == "cuda":
@@ -119,6 +116,13 @@ class Saver:
         self._job.start()
         if not self.asynchronous:
             self._job.join()
+
+    def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors in the host's memory, which is allocated for the first copy and used again."""
+        copied = cast(dict[str, Any], self._stager.stage(tensors, non_blocking=self._pinned))
+        if self._pinned:
+            torch.cuda.synchronize(self.device)
+        return copied
 
     def _delete_old(self) -> None:
         try:
