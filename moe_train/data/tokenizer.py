@@ -12,9 +12,8 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ Ids = npt.NDArray[np.integer]
 CHUNK_CHARACTERS = 2000
 MAX_TRAINING_CHUNKS = 200_000
 MERGED_AT_ONCE = 1000  # bytes of a text that SentencePiece gets at a time, where it can be cut
-ENCODED_TOGETHER = 16  # texts that are worth one call
 
 
 class Tokenizer(ABC):
@@ -48,10 +46,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str | bytes) -> Ids:
         """Return the ids of a text, 1-D. Raises UserError for a str with lone surrogates, and for what has no ids."""
-
-    def encode_each(self, texts: Sequence[bytes]) -> Iterator[Ids]:
-        """Yield the ids of one text after the other. An error of `encode` comes behind the ids of the texts before it."""
-        return map(self.encode, texts)
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int] | Ids) -> bytes:
@@ -249,6 +243,8 @@ class SentencePieceTokenizer(PieceTokenizer):
         raw = utf8(text)
         if self.prefix and raw:
             raw = b" " + raw
+        if raw.isascii():
+            return self._encode_plain(raw)
         try:
             text, plain = raw.decode("utf-8"), _MARK not in raw
         except UnicodeDecodeError:
@@ -258,19 +254,6 @@ class SentencePieceTokenizer(PieceTokenizer):
         return np.concatenate(
             [self._spell(part) if i % 2 else self._encode_plain(part.encode()) for i, part in enumerate(_SPELLED.split(text))]
         )
-
-    def encode_each(self, texts: Sequence[bytes]) -> Iterator[Ids]:
-        """Yield what `encode` returns for each text. Those that it would hand to SentencePiece as they are go there in one call.
-
-        That call starts a thread, which is worth it for many texts.
-        """
-        direct = [len(text) <= MERGED_AT_ONCE and text.isascii() and not self.prefix for text in texts]
-        if sum(direct) < ENCODED_TOGETHER:
-            yield from map(self.encode, texts)
-            return
-        together = iter(self._processor.encode([*compress(texts, direct)], return_type="numpy", num_threads=1))
-        for text, is_direct in zip(texts, direct, strict=True):
-            yield next(together) if is_direct else self.encode(text)
 
     def cut(self, text: bytes) -> int:
         """Return the last place before a space that no piece has inside of it, so that nothing is merged across it."""

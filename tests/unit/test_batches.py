@@ -3,8 +3,6 @@
 import gzip
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,7 +12,7 @@ from moe_train.data import tokenizer as tokenizers
 from moe_train.data.indexed import IndexedDataset
 from moe_train.data.inputs import Inputs
 from moe_train.data.prepare import prepare
-from moe_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from moe_train.data.tokenizer import ByteTokenizer, Tokenizer, train_sentencepiece
 from moe_train.errors import UserError
 
 PIECES = train_sentencepiece([f"some words {i}\n" for i in range(200)], None, 300)
@@ -66,10 +64,9 @@ def test_batches_change_nothing(
     assert alone.invalid == 7
     assert alone.empty == 12
     assert alone.documents == 2 * 43 + 1 - 12
-    for batch, part, together in ((1, 1 << 20, 1), (200, 1 << 20, 3), (200, 700, 1), (1 << 20, 5000, 1)):
+    for batch, part in ((1, 1 << 20), (200, 1 << 20), (200, 700), (1 << 20, 5000)):
         monkeypatch.setattr(module, "BATCH", batch)
         monkeypatch.setattr(preparing, "PART", part)
-        monkeypatch.setattr(tokenizers, "ENCODED_TOGETHER", together)
         assert prepare(inputs, tmp_path / "two/d", tokenizer) == alone
         assert content(tmp_path / "two/d") == content(tmp_path / "one/d")
 
@@ -148,21 +145,3 @@ def test_limits_of_the_format_name_the_line(limit: str, match: str, tmp_path: Pa
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=rf"x\.jsonl:11: {match}"):
         prepare(Inputs([tmp_path / "x.jsonl"], label_field="kind"), tmp_path / "d", ByteTokenizer())
-
-
-def test_sentencepiece_gets_short_texts_together_and_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = SentencePieceTokenizer.from_bytes(PIECES.content)
-    processor = tokenizer._processor
-    calls: list[tuple[list[bytes] | bytes, dict[str, Any]]] = []
-    mixed = [b"some words", "naïve".encode(), b"", b"words " * 300, "▁ \u2581".encode(), b"\xff"] * 9
-    expected = [tokenizer.encode(text).tolist() for text in mixed]
-
-    def encode(what: list[bytes] | bytes, **how: Any) -> Any:
-        calls.append((what, how))
-        return processor.encode(what, **how)
-
-    monkeypatch.setattr(tokenizer, "_processor", SimpleNamespace(encode=encode))
-    assert [ids.tolist() for ids in tokenizer.encode_each(mixed)] == expected
-    together = [(what, how["num_threads"]) for what, how in calls if isinstance(what, list)]
-    assert together == [([b"some words", b""] * 9, 1)]
-    assert [ids.tolist() for ids in tokenizer.encode_each([])] == []
